@@ -1,0 +1,416 @@
+"""One schema for one deployment: frozen, a section per noun, every impossible combination refused at load with its arithmetic."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from esrl_ray.errors import ConfigError
+from esrl_ray.spec import CategoricalFeature, Spec
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run keeps what must survive it."""
+
+    dir: str = Field("runs/demo", description="Folder of the step log, policies, checkpoints and spools; `~` is expanded.")
+
+    @property
+    def path(self) -> Path:
+        """The folder as an absolute path."""
+        return Path(self.dir).expanduser().resolve()
+
+
+class CategoricalConfig(Section):
+    """One categorical feature."""
+
+    name: str = Field(description="Name, as in requests.")
+    cardinality: int = Field(gt=0, le=1_000_000, description="Number of codes; codes are 0..cardinality-1.")
+    side: Literal["user", "item", "context"] = Field(description="Which part of the request carries it.")
+
+
+class SpecConfig(Section):
+    """What the enhanced state s, the upstream scores and the action a consist of (symbols F, C, k, A)."""
+
+    user_features: tuple[str, ...] = Field((), description="Numeric user features, in order.")
+    item_features: tuple[str, ...] = Field((), description="Numeric features of a candidate, in order.")
+    context_features: tuple[str, ...] = Field((), description="Numeric features of the request, in order.")
+    categorical_features: tuple[CategoricalConfig, ...] = Field((), description="Categorical features, in order.")
+    scores: tuple[str, ...] = Field(("click", "watch"), min_length=1, description="Upstream scores of a candidate, in order (k).")
+    power_base: tuple[float, ...] = Field((1.0, 1.0), description="power_i at a = 0, one per score: the hand-made control policy.")
+    power_span: float = Field(1.2, gt=0, description="power_i = power_base_i + power_span * a_i.")
+    bias_base: float = Field(0.55, description="bias_i at a = 0.")
+    bias_span: float = Field(0.5, ge=0, description="bias_i = bias_base + bias_span * a_{k+i}.")
+
+    @model_validator(mode="after")
+    def _widths(self) -> Self:
+        if len(self.power_base) != len(self.scores):
+            raise ValueError(f"power_base has {len(self.power_base)} values for {len(self.scores)} scores")
+        if self.bias_base - self.bias_span < 0:
+            raise ValueError(f"bias_base {self.bias_base} - bias_span {self.bias_span} < 0: a score + bias could be negative and has no power")
+        names = [*self.user_features, *self.item_features, *self.context_features, *(c.name for c in self.categorical_features)]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"feature names must differ, used twice: {sorted(twice)}")
+        return self
+
+    def build(self) -> Spec:
+        """The immutable spec that records, policies and the learner carry."""
+        return Spec(
+            user_features=self.user_features,
+            item_features=self.item_features,
+            context_features=self.context_features,
+            categorical_features=tuple(CategoricalFeature(c.name, c.cardinality, c.side) for c in self.categorical_features),
+            scores=self.scores,
+            power_base=self.power_base,
+            power_span=self.power_span,
+            bias_base=self.bias_base,
+            bias_span=self.bias_span,
+        )
+
+
+class BehaviourConfig(Section):
+    """How repeats of one behaviour on one item of one list combine, and the largest value believed."""
+
+    name: str = Field(description="Name, as in feedback events.")
+    combine: Literal["sum", "max", "last"] = Field("max", description="How repeats combine; `last` is by event time.")
+    cap: float = Field(1.0, gt=0, description="Values above are cut to this.")
+
+
+class RewardTerm(Section):
+    """One summand: weight * min(v, cap), or weight * [v > above]."""
+
+    behaviour: str = Field(description="Name of a declared behaviour.")
+    weight: float = Field(description="Behaviour weight w_i of Eq. (2).")
+    cap: float | None = Field(None, gt=0, description="Count the value v up to here only.")
+    above: float | None = Field(None, description="Count 1 when the value is above this, instead of the value.")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.cap is not None and self.above is not None:
+            raise ValueError(f"reward term of {self.behaviour!r} has both cap and above; use two terms")
+        return self
+
+
+class RewardGroup(Section):
+    """One reward group with its own critics."""
+
+    name: str = Field(description="Name in reports.")
+    terms: tuple[RewardTerm, ...] = Field(min_length=1, description="Summands.")
+
+
+class RewardConfig(Section):
+    """Eq. (2): r = sum_i w_i v_i per pair, split in q groups."""
+
+    behaviours: tuple[BehaviourConfig, ...] = Field((BehaviourConfig(name="click"),), min_length=1, description="Declared behaviours.")
+    groups: tuple[RewardGroup, ...] = Field(
+        (RewardGroup(name="all", terms=(RewardTerm(behaviour="click", weight=1.0),)),), min_length=1, description="Reward groups (q)."
+    )
+    scale: float = Field(1.0, gt=0, description="All rewards are divided by this, so that a list's reward is about 1.")
+
+    @model_validator(mode="after")
+    def _declared(self) -> Self:
+        names = [b.name for b in self.behaviours]
+        if reserved := {"shown", "leave"} & set(names):
+            raise ValueError(f"behaviours {sorted(reserved)} are built in and must not be declared")
+        for group in self.groups:
+            for term in group.terms:
+                if term.behaviour not in names:
+                    near = difflib.get_close_matches(term.behaviour, names, 1)
+                    raise ValueError(f"reward group {group.name!r} uses undeclared behaviour {term.behaviour!r}; nearest: {near or names}")
+        return self
+
+    @property
+    def num_groups(self) -> int:
+        """q."""
+        return len(self.groups)
+
+
+class KafkaConfig(Section):
+    """The broker and the two topics, both keyed by session id and with the same number of partitions."""
+
+    bootstrap_servers: str | None = Field(None, description="host:port,...; none: the demo starts its own embedded broker.")
+    decisions_topic: str = Field("decisions", description="Topic of `Decision` events.")
+    feedback_topic: str = Field("feedback", description="Topic of `Feedback` events.")
+    num_partitions: Positive = Field(4, description="Partitions of both topics; created or checked at start.")
+    replication_factor: Positive = Field(1, description="Used only when a topic is created.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field("PLAINTEXT", description="Kafka's setting of that name.")
+    sasl_mechanism: str | None = Field(None, description="Kafka's setting of that name.")
+    sasl_username: str | None = Field(None, description="Kafka's setting of that name.")
+    sasl_password: SecretStr | None = Field(None, description="Secret; set it by the environment variable ESRL_KAFKA_PASSWORD.")
+    max_dead_letter_share: float = Field(0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused.")
+
+
+class JoinConfig(Section):
+    """Event time of the session join. All times are in event time unless they say clock."""
+
+    label_age_s: Seconds = Field(4.0, description="A step closes when the watermark is this far past its decision.")
+    lateness_s: Seconds = Field(5.0, description="The watermark follows the newest timestamp of the slower topic at this distance.")
+    gap_s: Annotated[float, Field(gt=0)] | None = Field(15.0, description="Inactivity that ends a session (terminated); null: sessions end by `leave` only.")
+    amend_s: Seconds = Field(30.0, description="Late feedback amends a closed step for this long while its session is open; later it is counted late.")
+    dedup_s: Annotated[float, Field(gt=0)] = Field(120.0, description="Event ids are remembered this long; an older event is counted late.")
+    max_ahead_s: Annotated[float, Field(gt=0)] = Field(300.0, description="A timestamp further ahead of the clock is a dead letter.")
+    require_shown: bool = Field(True, description="`shown` feedback sets the mask; a decision never shown is counted and dropped. Off: every position >= 0 counts as shown.")
+    max_open_sessions: Positive = Field(50_000, description="Per partition; above it the oldest session is truncated.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.gap_s is not None and self.gap_s < self.label_age_s:
+            raise ValueError(f"gap_s {self.gap_s} < label_age_s {self.label_age_s}: sessions would end before their steps close")
+        if self.dedup_s < self.lateness_s + self.label_age_s:
+            raise ValueError(f"dedup_s {self.dedup_s} < lateness_s {self.lateness_s} + label_age_s {self.label_age_s}: duplicates could count twice")
+        return self
+
+
+class IngestConfig(Section):
+    """The streaming workers."""
+
+    num_workers: Positive = Field(1, description="Ingest worker actors; partition p belongs to worker p % num_workers.")
+    commit_interval_s: Annotated[float, Field(gt=0)] = Field(2.0, description="Clock time between commits of a worker.")
+    max_poll_records: Positive = Field(4000, description="Records per poll.")
+
+
+class ReplayConfig(Section):
+    """The replay buffer D, a view of the step log."""
+
+    num_shards: Positive = Field(1, description="Replay shard actors; worker i feeds shard i % num_shards.")
+    capacity: Positive = Field(200_000, description="Steps per shard; the oldest are dropped.")
+    min_size: Positive = Field(1_000, description="Steps that can be sampled before sampling starts.")
+    samples_per_insert: Annotated[float, Field(gt=0)] = Field(12.8, description="Sampled transitions per new step, at most; bounds sampling, never insertion.")
+    sample_truncated: bool = Field(False, description="Also sample truncated steps, which have no next list to bootstrap from; needs learner.gamma 0.")
+
+    @model_validator(mode="after")
+    def _can_start(self) -> Self:
+        if self.min_size > self.capacity:
+            raise ValueError(f"min_size {self.min_size} exceeds capacity {self.capacity}: sampling would never start")
+        return self
+
+
+class LearnerConfig(Section):
+    """EnhancedRL's losses and optimisers (paper symbols in brackets)."""
+
+    gamma: float = Field(0.9, ge=0, lt=1, description="Discount [gamma].")
+    critics_per_group: Positive = Field(2, description="Critics in each reward group [m].")
+    hidden_sizes: tuple[Positive, ...] = Field((64, 64), min_length=1, description="Widths of actor and critics.")
+    embedding_size: Positive = Field(8, description="Width of a categorical feature's embedding.")
+    td: Literal["list_sum", "per_pair"] = Field("list_sum", description="TD on the sum over the list (the paper) or per pair (ablation).")
+    actor_loss: Literal["listwise", "printed"] = Field("listwise", description="`printed` is Eq. (4); `listwise` is our default (docs/paper.md).")
+    temperature: float = Field(0.3, gt=0, description="Softmax temperature of the listwise actor loss.")
+    std_penalty: float = Field(0.2, ge=0, description="Weight of the critics' disagreement [lambda].")
+    bound_penalty: float = Field(0.1, ge=0, description="Weight of the bound penalty [eta].")
+    penalty_scale: float = Field(0.3, gt=0, description="Steepness of penalty and phi outside the bounds [beta].")
+    continuous_penalty: bool = Field(False, description="Subtract 1 outside, so that the penalty does not jump at the bound.")
+    phi: bool = Field(False, description="Discount next values of actions outside the bounds [phi]; fragile, watch the critic loss.")
+    critic_lr: float = Field(1e-3, gt=0, description="Adam step of the critics.")
+    actor_lr: float = Field(3e-4, gt=0, description="Adam step of the actor.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of actor and of critics.")
+    soft_update: float = Field(0.08, gt=0, le=1, description="Polyak step of the targets [tau].")
+    soft_update_every: Positive = Field(15, description="Gradient steps between soft updates.")
+    group_weights: tuple[float, ...] | None = Field(None, description="Weights w_i of the reward groups in the actor loss; default 1 each.")
+    batch_size: Positive = Field(128, description="Steps in a batch [B].")
+    updates_per_call: Positive = Field(8, description="Gradient steps per learner call.")
+    num_learners: int = Field(0, ge=0, description="RLlib learners; 0 = in the training process.")
+    device: str = Field("auto", description="`auto` takes a GPU when there is one; else cpu, cuda, cuda:1, ...")
+    seed: int = Field(0, ge=0, description="Seed of parameters and sampling.")
+    checkpoint_interval_s: Annotated[float, Field(gt=0)] = Field(20.0, description="Clock time between checkpoints.")
+
+
+class ExplorationConfig(Section):
+    """Bounded exploration, arms and rounds [mu_bp, lower, upper]."""
+
+    low: float = Field(-0.15, lt=0, description="Lower bound around the anchor's action.")
+    high: float = Field(0.15, gt=0, description="Upper bound around the anchor's action.")
+    scope: Literal["pair", "request"] = Field("pair", description="One noise draw per pair or per request.")
+    round_steps: Positive = Field(5_000, description="Inserted steps per round of progressive training.")
+    warmup_steps: Positive = Field(2_000, description="Steps that the first normaliser is fitted on; control serves until then.")
+    explore_share: float = Field(0.5, ge=0, le=1, description="Share of users in the arm `explore`.")
+    exploit_share: float = Field(0.3, ge=0, le=1, description="Share of users in the arm `exploit`; the rest is `control`.")
+    arm_salt: str = Field("esrl", description="Salt of the users' arms; never change it in a running deployment.")
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if (total := self.explore_share + self.exploit_share) > 1 + 1e-9:
+            raise ValueError(f"explore_share {self.explore_share} + exploit_share {self.exploit_share} = {total:.3f} > 1")
+        return self
+
+
+class PolicyConfig(Section):
+    """The policy store and its gate."""
+
+    publish_interval_s: Annotated[float, Field(gt=0)] = Field(3.0, description="Clock time between published policies.")
+    max_outside_share: float = Field(0.5, gt=0, le=1, description="Gate: largest share of actions outside the bounds.")
+    max_drift: float = Field(2.0, gt=0, description="Gate: largest mean |action change| against the anchor, in widths of the bounds.")
+
+
+class ServeConfig(Section):
+    """The endpoint."""
+
+    host: str = Field("127.0.0.1", description="Address of the HTTP endpoint.")
+    port: int = Field(0, ge=0, le=65535, description="0 takes a free one.")
+    num_replicas: Positive = Field(2, description="Serve replicas.")
+    list_size: Positive = Field(5, description="Shown pairs when the request does not say [l].")
+    num_unshown: int = Field(10, ge=0, description="Unshown candidates drawn at random into the decision [K].")
+    max_candidates: Positive = Field(500, description="Larger requests are refused.")
+    bearer_token: SecretStr | None = Field(None, description="Needed for /v1 when set; environment variable ESRL_BEARER_TOKEN.")
+
+
+class SimulationConfig(Section):
+    """The simulated input."""
+
+    world_seed: int = Field(0, description="Seed of users, items and the upstream model.")
+    num_users: Positive = Field(1000, description="Users.")
+    num_items: Positive = Field(8000, description="Items.")
+    num_candidates: Positive = Field(50, description="Candidates per request [N].")
+    frozen_sessions: Positive = Field(2_000, description="Sessions per policy in the frozen evaluation.")
+    frozen_policies: Positive = Field(8, description="Policies in the frozen evaluation, at most.")
+
+
+class DemoConfig(Section):
+    """The traffic of `esrl demo`."""
+
+    seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Length, from the first served decision.")
+    requests_per_s: Annotated[float, Field(gt=0)] = Field(120.0, description="List requests per second, at most.")
+    think_time_s: tuple[float, float] = Field((1.0, 3.0), description="Time a user spends on a page, uniform.")
+    feedback_delay_s: Seconds = Field(2.0, description="Feedback is sent up to this much later, uniform.")
+    late_share: float = Field(0.01, ge=0, le=1, description="Share of feedback that is sent `late_s` later.")
+    late_s: Seconds = Field(20.0, description="Delay of late feedback.")
+    duplicate_share: float = Field(0.01, ge=0, le=1, description="Share of feedback sent twice.")
+    vanish_share: float = Field(0.05, ge=0, le=1, description="Share of sessions that end without `leave`.")
+    seed: int = Field(0, ge=0, description="Seed of the traffic.")
+
+
+class Config(Section):
+    """One deployment of esrl-ray."""
+
+    run: RunConfig = RunConfig()
+    spec: SpecConfig = SpecConfig()
+    reward: RewardConfig = RewardConfig()
+    kafka: KafkaConfig = KafkaConfig()
+    join: JoinConfig = JoinConfig()
+    ingest: IngestConfig = IngestConfig()
+    replay: ReplayConfig = ReplayConfig()
+    learner: LearnerConfig = LearnerConfig()
+    exploration: ExplorationConfig = ExplorationConfig()
+    policy: PolicyConfig = PolicyConfig()
+    serve: ServeConfig = ServeConfig()
+    simulation: SimulationConfig = SimulationConfig()
+    demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        learner, replay = self.learner, self.replay
+        rows = learner.batch_size * learner.updates_per_call * max(1, learner.num_learners)
+        if (budget := replay.capacity * replay.num_shards * replay.samples_per_insert) < rows:
+            raise ValueError(
+                f"one learner call draws {learner.batch_size} x {learner.updates_per_call} x {max(1, learner.num_learners)} = {rows} transitions, but "
+                f"replay.samples_per_insert {replay.samples_per_insert} over capacity {replay.capacity} allows {budget:.0f}: learning would never start"
+            )
+        if replay.sample_truncated and learner.gamma > 0:
+            raise ValueError(f"replay.sample_truncated needs learner.gamma 0, it is {learner.gamma}: a truncated step has no next list")
+        if self.ingest.num_workers > self.kafka.num_partitions:
+            raise ValueError(f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: some would have nothing to read")
+        if replay.num_shards > self.ingest.num_workers:
+            raise ValueError(f"replay.num_shards {replay.num_shards} > ingest.num_workers {self.ingest.num_workers}: a shard without a worker stays empty")
+        if learner.group_weights is not None and len(learner.group_weights) != self.reward.num_groups:
+            raise ValueError(f"learner.group_weights has {len(learner.group_weights)} values for {self.reward.num_groups} reward groups")
+        if self.serve.list_size > self.serve.max_candidates:
+            raise ValueError(f"serve.list_size {self.serve.list_size} > serve.max_candidates {self.serve.max_candidates}")
+        if self.exploration.warmup_steps > self.exploration.round_steps:
+            raise ValueError(f"exploration.warmup_steps {self.exploration.warmup_steps} > round_steps {self.exploration.round_steps}: round 0 would end before it has a normaliser")
+        return self
+
+    @property
+    def max_pairs(self) -> int:
+        """G = l + K, the largest number of pairs in a step that serving makes by default."""
+        return self.serve.list_size + self.serve.num_unshown
+
+    def shown(self) -> dict[str, Any]:
+        """Effective values for people; secrets read `**********`."""
+        shown: dict[str, Any] = json.loads(self.model_dump_json())
+        return shown
+
+
+ENVIRONMENT = {"ESRL_KAFKA_PASSWORD": "kafka.sasl_password", "ESRL_BEARER_TOKEN": "serve.bearer_token"}
+"""Environment variables that carry secrets, and the keys that they set."""
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            keys += _keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {key}: {part!r} is a value, not a section")
+    tree[last] = value
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, environment: Mapping[str, str] | None = None) -> Config:
+    """Read one deployment's configuration.
+
+    Args:
+        path: YAML file; None means defaults only.
+        overrides: `section.key=value` texts, applied in order; values are YAML.
+        environment: Variables that may carry secrets (`ENVIRONMENT`).
+
+    Returns:
+        The validated, frozen configuration.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (names the nearest legal one), or values do not go together.
+    """
+    where = str(path) if path is not None else "defaults"
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration: {error.strerror}", where, "name an existing file with --config") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"not valid YAML: {error}", where) from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"expected sections, found {type(tree).__name__}", where)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"override {text!r} is not of the form section.key=value", "--set")
+        _set(tree, key.strip(), yaml.safe_load(value))
+        where += f" + --set {key.strip()}"
+    for name, key in ENVIRONMENT.items():
+        if environment and (secret := environment.get(name)):
+            _set(tree, key, secret)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        legal = [*_keys(Config), *Config.model_fields]
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False):
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, legal, 1) or difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in legal], 1)
+                lines.append(f"unknown key {key!r}; nearest legal key: {near[0] if near else 'none'}")
+            else:
+                lines.append(f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError("; ".join(lines), where) from error

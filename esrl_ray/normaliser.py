@@ -1,0 +1,45 @@
+"""Standardises the numeric input of the networks; frozen within a round, folded exactly into the first layers at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import Bools, Floats
+
+MIN_SCORE = 1e-6
+"""Scores below this have the logarithm of this."""
+
+
+def numeric_input(states: Floats, scores: Floats) -> Floats:
+    """Raw numeric input of the networks: numeric state and log scores, (..., F + k)."""
+    return np.concatenate([states, np.log(np.maximum(scores, MIN_SCORE))], axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """`x = (raw - mean) / std` for each of the F + k numeric inputs."""
+
+    mean: Floats  # (F + k,)
+    std: Floats  # (F + k,) never below 1e-3
+
+    @classmethod
+    def identity(cls, spec: Spec) -> Self:
+        """Mean 0, standard deviation 1."""
+        width = spec.num_features + spec.num_scores
+        return cls(np.zeros(width, np.float32), np.ones(width, np.float32))
+
+    @classmethod
+    def fit(cls, states: Floats, scores: Floats, valid: Bools) -> Self:
+        """Statistics of the valid pairs of a batch of lists.
+
+        Args:
+            states: (B, G, F).
+            scores: (B, G, k).
+            valid: (B, G); padding enters nothing.
+        """
+        raw = numeric_input(states[valid], scores[valid]).astype(np.float64)
+        return cls(raw.mean(0).astype(np.float32), np.maximum(raw.std(0), 1e-3).astype(np.float32))

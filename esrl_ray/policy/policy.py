@@ -1,0 +1,190 @@
+"""An immutable policy: parameters, spec, normaliser, where it came from; and its files (safetensors + JSON manifest with sha256)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from esrl_ray.algo.networks import Actor
+from esrl_ray.errors import PolicyRejected
+from esrl_ray.normaliser import Normaliser, numeric_input
+from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import Floats, Ints
+
+TENSORS_FILE, MANIFEST_FILE = "policy.safetensors", "manifest.json"
+
+
+class PolicyKind(StrEnum):
+    """How a policy makes its action: one vector for all, or a network on each pair's enhanced state."""
+
+    STATIC = "static"
+    PAIR = "pair"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about a policy that is not a tensor."""
+
+    version: int  # monotonic; 0 = not published yet
+    digest: str  # sha256 of the tensors' bytes
+    kind: PolicyKind
+    spec: Spec
+    hidden_sizes: tuple[int, ...] = ()
+    embedding_size: int = 0
+    lineage: dict[str, int] = {}  # {worker: commit} that training could draw from
+    parent: int = 0  # version it was trained from or copied from
+    round: int = 0
+    gradient_steps: int = 0
+    config_digest: str = ""
+    created_ms: int = 0
+    verdict: str = ""  # what the gate said
+    note: str = ""  # why it exists, when not from training
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An immutable policy mu(s). `act` is a pure function of the policy and its arguments.
+
+    Attributes:
+        manifest: Version, kind, spec, lineage.
+        parameters: Actor parameters by name for `pair`; {"action": (A,)} for `static`.
+        normaliser: Of the actor's numeric input.
+    """
+
+    manifest: Manifest
+    parameters: Mapping[str, Floats]
+    normaliser: Normaliser = field(repr=False)
+
+    @classmethod
+    def static(cls, spec: Spec, action: Floats | None = None, *, note: str = "control") -> Self:
+        """A policy that gives every pair the same action; the default a = 0 is the hand-made control policy."""
+        vector = np.zeros(spec.num_actions, np.float32) if action is None else np.asarray(action, np.float32)
+        return cls._sealed(Manifest(version=0, digest="", kind=PolicyKind.STATIC, spec=spec, note=note), {"action": vector}, Normaliser.identity(spec))
+
+    @classmethod
+    def pair(cls, manifest: Manifest, parameters: Mapping[str, Floats], normaliser: Normaliser) -> Self:
+        """A policy with a network on each pair; `manifest.digest` is computed here."""
+        return cls._sealed(manifest, parameters, normaliser)
+
+    @classmethod
+    def _sealed(cls, manifest: Manifest, parameters: Mapping[str, Floats], normaliser: Normaliser) -> Self:
+        policy = cls(manifest, parameters, normaliser)
+        return replace(policy, manifest=msgspec.structs.replace(manifest, digest=hashlib.sha256(policy.tensors).hexdigest()))
+
+    @property
+    def spec(self) -> Spec:
+        """The deployment's spec that this policy was made for."""
+        return self.manifest.spec
+
+    @property
+    def version(self) -> int:
+        """Monotonic number."""
+        return self.manifest.version
+
+    def numbered(self, version: int, **changes: object) -> Self:
+        """The same parameters under another number (and other manifest fields)."""
+        return replace(self, manifest=msgspec.structs.replace(self.manifest, version=version, **changes))
+
+    @cached_property
+    def tensors(self) -> bytes:
+        """Safetensors bytes of parameters and normaliser."""
+        named = {f"parameters.{k}": np.ascontiguousarray(v, np.float32) for k, v in sorted(self.parameters.items())}
+        return save_tensors(named | {"normaliser.mean": self.normaliser.mean, "normaliser.std": self.normaliser.std})
+
+    @cached_property
+    def actor(self) -> Actor:
+        """The network of a `pair` policy, in evaluation mode, on the CPU.
+
+        Raises:
+            PolicyRejected: names or shapes of the parameters do not fit the manifest.
+        """
+        actor = Actor(self.spec, self.manifest.hidden_sizes, self.manifest.embedding_size)
+        try:
+            actor.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self.parameters.items()})
+        except RuntimeError as error:
+            raise PolicyRejected(f"parameters do not fit the actor: {error}", f"policy {self.version}") from error
+        return actor.eval().requires_grad_(False)
+
+    def act(self, states: Floats, categorical: Ints, scores: Floats) -> Floats:
+        """mu(s) of pairs.
+
+        Args:
+            states: (..., F) raw.
+            categorical: (..., C) codes.
+            scores: (..., k) raw upstream scores.
+
+        Returns:
+            (..., A) float32 in [-1, 1].
+        """
+        if self.manifest.kind is PolicyKind.STATIC:
+            return np.broadcast_to(self.parameters["action"], (*scores.shape[:-1], self.spec.num_actions)).astype(np.float32)
+        numeric = (numeric_input(states, scores) - self.normaliser.mean) / self.normaliser.std
+        with torch.inference_mode():
+            actions: Floats = self.actor(torch.from_numpy(numeric), torch.from_numpy(categorical.astype(np.int64))).numpy()
+        return actions
+
+    def to_bytes(self) -> bytes:
+        """One blob: manifest and tensors, as the store and the replicas exchange it."""
+        return msgspec.msgpack.encode((msgspec.json.encode(self.manifest), self.tensors))
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Self:
+        """Inverse of `to_bytes`.
+
+        Raises:
+            PolicyRejected: not a policy, or the digest does not match.
+        """
+        try:
+            manifest, tensors = msgspec.msgpack.decode(blob, type=tuple[bytes, bytes])
+        except msgspec.MsgspecError as error:
+            raise PolicyRejected(f"not a policy: {error}") from error
+        return cls._parse(manifest, tensors, "bytes")
+
+    @classmethod
+    def _parse(cls, manifest_json: bytes, tensors: bytes, where: str) -> Self:
+        try:
+            manifest = msgspec.json.decode(manifest_json, type=Manifest)
+            if (digest := hashlib.sha256(tensors).hexdigest()) != manifest.digest:
+                raise PolicyRejected(f"sha256 of the tensors is {digest}, the manifest says {manifest.digest}", where, "delete this version")
+            named = load_tensors(tensors)
+            normaliser = Normaliser(named["normaliser.mean"], named["normaliser.std"])
+        except (msgspec.MsgspecError, SafetensorError, KeyError) as error:
+            raise PolicyRejected(f"not a policy: {error!r}", where, "delete this version") from error
+        return cls(manifest, {k.removeprefix("parameters."): v for k, v in named.items() if k.startswith("parameters.")}, normaliser)
+
+    def save(self, folder: Path) -> None:
+        """Write both files into a temporary folder beside `folder`, fsync, rename."""
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        pretty = json.dumps(json.loads(msgspec.json.encode(self.manifest)), indent=1).encode()
+        for name, content in ((TENSORS_FILE, self.tensors), (MANIFEST_FILE, pretty)):
+            with open(temporary / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.rename(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a policy's folder and check its sha256.
+
+        Raises:
+            PolicyRejected: a file is missing, damaged or does not match.
+        """
+        try:
+            return cls._parse((folder / MANIFEST_FILE).read_bytes(), (folder / TENSORS_FILE).read_bytes(), str(folder))
+        except OSError as error:
+            raise PolicyRejected(f"cannot read a policy: {error}", str(folder)) from error

@@ -1,0 +1,175 @@
+"""The two events on the wire, and how bytes become them.
+
+Our own records are msgpack with arrays as little-endian bytes; anyone's may be JSON with arrays as (nested) lists or base64. The
+header `content-type` picks the decoder (`application/msgpack` or `application/json`, the default); `schema_version` is in each event.
+Records are keyed by the session id; Kafka's default murmur2 partitioner gives both topics' records of a session the same partition.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from esrl_ray.errors import WireError
+from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import Floats, Ints
+
+SCHEMA_VERSION = 1
+MSGPACK, JSON = b"application/msgpack", b"application/json"
+SHOWN, LEAVE = "shown", "leave"  # built-in behaviours; both may come without an item
+MAX_ID_BYTES, MAX_EVENT_BYTES, MAX_PAIRS = 128, 4 * 2**20, 1_000
+
+Array = bytes | list[float] | list[list[float]]
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What serving computed for one request: l shown pairs, then K unshown candidates drawn at random (G in all)."""
+
+    schema_version: int
+    decision_id: str  # minted by serving; also the event id and the step id
+    request_id: str
+    session_id: str
+    user_id: str
+    event_time_ms: int
+    policy_version: int
+    round: int
+    arm: str
+    spec_digest: str
+    num_candidates: int
+    item_ids: list[str]  # G
+    positions: list[int]  # G, -1 = not shown
+    states: Array  # (G, F) float32
+    categorical: Array  # (G, C) int32
+    scores: Array  # (G, k) float32, raw
+    actions: Array  # (G, A) float32
+    anchor_actions: Array  # (G, A) float32
+    fused_scores: Array  # (G,) float32
+
+
+class Feedback(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user did to one item of one list. `leave`, and `shown` of a whole list, carry no item."""
+
+    schema_version: int
+    event_id: str
+    decision_id: str
+    session_id: str
+    behaviour: str
+    event_time_ms: int
+    item_id: str | None = None
+    value: float = 1.0
+
+
+Event = Decision | Feedback
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedDecision:
+    """A checked decision with its arrays."""
+
+    event: Decision
+    states: Floats  # (G, F)
+    categorical: Ints  # (G, C)
+    scores: Floats  # (G, k)
+    actions: Floats  # (G, A)
+    anchor_actions: Floats  # (G, A)
+    fused_scores: Floats  # (G,)
+
+
+_decoders = {
+    (MSGPACK, Decision): msgspec.msgpack.Decoder(Decision),
+    (JSON, Decision): msgspec.json.Decoder(Decision),
+    (MSGPACK, Feedback): msgspec.msgpack.Decoder(Feedback),
+    (JSON, Feedback): msgspec.json.Decoder(Feedback),
+}
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(event: Event) -> bytes:
+    """Msgpack bytes of one of our own events; send with header `content-type: application/msgpack`."""
+    return _encoder.encode(event)
+
+
+def _array(value: Array, shape: tuple[int, ...], dtype: type[np.float32] | type[np.int32], name: str) -> np.ndarray:
+    try:
+        array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")) if isinstance(value, bytes) else np.asarray(value, dtype)
+    except (ValueError, OverflowError) as error:
+        raise WireError(f"{name}: {error}, expected {dtype.__name__} of shape {shape}") from error
+    if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
+        raise WireError(f"{name} has {array.size} values in shape {array.shape}, expected {shape}")
+    array = array.reshape(shape).astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise WireError(f"{name} holds a value that is not finite")
+    return array
+
+
+def _ids(**ids: str | None) -> None:
+    for name, value in ids.items():
+        if value is not None and not 0 < len(value.encode()) <= MAX_ID_BYTES:
+            raise WireError(f"{name} has {len(value.encode())} bytes, expected 1 to {MAX_ID_BYTES}")
+
+
+def _decode(payload: bytes | None, content_type: bytes, kind: type[Decision] | type[Feedback]) -> Event:
+    if not payload:
+        raise WireError("the record has no value")
+    if len(payload) > MAX_EVENT_BYTES:
+        raise WireError(f"the record has {len(payload)} bytes, at most {MAX_EVENT_BYTES} are read")
+    decoder = _decoders.get((content_type, kind))
+    if decoder is None:
+        raise WireError(f"content-type {content_type!r} is unknown, expected {MSGPACK!r} or {JSON!r}")
+    try:
+        event: Event = decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not a {kind.__name__}: {error}") from error
+    if event.schema_version != SCHEMA_VERSION:
+        raise WireError(f"schema_version {event.schema_version} is not supported, expected {SCHEMA_VERSION}")
+    return event
+
+
+def decode_feedback(payload: bytes | None, content_type: bytes = JSON) -> Feedback:
+    """Decode and check one feedback record.
+
+    Raises:
+        WireError: the bytes are not a valid `Feedback`; the text names the field.
+    """
+    event = _decode(payload, content_type, Feedback)
+    assert isinstance(event, Feedback)
+    _ids(event_id=event.event_id, decision_id=event.decision_id, session_id=event.session_id, item_id=event.item_id, behaviour=event.behaviour)
+    if not math.isfinite(event.value):
+        raise WireError(f"value {event.value} is not finite")
+    if event.item_id is None and event.behaviour not in (SHOWN, LEAVE):
+        raise WireError(f"behaviour {event.behaviour!r} needs an item_id")
+    return event
+
+
+def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSON) -> DecodedDecision:
+    """Decode and check one decision record against the deployment's spec.
+
+    Raises:
+        WireError: the bytes are not a valid `Decision` of this spec; the text names the field, widths and digests.
+    """
+    event = _decode(payload, content_type, Decision)
+    assert isinstance(event, Decision)
+    _ids(decision_id=event.decision_id, request_id=event.request_id, session_id=event.session_id, user_id=event.user_id)
+    _ids(**{f"item_ids[{i}]": item for i, item in enumerate(event.item_ids)})
+    if event.spec_digest != spec.digest:
+        raise WireError(f"spec_digest {event.spec_digest} differs from this deployment's {spec.digest}")
+    g, k, a = len(event.item_ids), spec.num_scores, spec.num_actions
+    if not 0 < g <= MAX_PAIRS or len(event.positions) != g or len(set(event.item_ids)) != g:
+        raise WireError(f"{g} item_ids ({len(set(event.item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each")
+    decoded = DecodedDecision(
+        event=event,
+        states=_array(event.states, (g, spec.num_features), np.float32, "states"),
+        categorical=_array(event.categorical, (g, spec.num_categorical), np.int32, "categorical"),
+        scores=_array(event.scores, (g, k), np.float32, "scores"),
+        actions=_array(event.actions, (g, a), np.float32, "actions"),
+        anchor_actions=_array(event.anchor_actions, (g, a), np.float32, "anchor_actions"),
+        fused_scores=_array(event.fused_scores, (g,), np.float32, "fused_scores"),
+    )
+    for c, feature in enumerate(spec.categorical_features):
+        codes = decoded.categorical[:, c]
+        if codes.min() < 0 or codes.max() >= feature.cardinality:
+            raise WireError(f"categorical {feature.name} holds {int(codes.min())}..{int(codes.max())}, expected 0..{feature.cardinality - 1}")
+    return decoded
