@@ -50,6 +50,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     gradient_steps: int = 0
     config_digest: str = ""
     created_ms: int = 0
+    learnt_ms: int = 0  # clock of the last gradient step before it was made
     verdict: str = ""  # what the gate said
     note: str = ""  # why it exists, when not from training
 
