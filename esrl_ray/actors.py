@@ -1,0 +1,78 @@
+"""The only place that turns plain classes into Ray actors: how they are named, found, restarted and ended.
+
+Actors live in namespace `esrl`. A detached one outlives the command that made it and is shared by name; the others end with the
+command that spawned them. All restart without limit: each restores itself from its durable files. No actor reserves a CPU: the
+parts of a loop wait more than they work, and a reservation would only keep them from starting on a small machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+NAMESPACE = "esrl"
+POLICY_STORE = "policy_store"
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+_logger = logging.getLogger(__name__)
+
+
+def spawn(name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, env: Mapping[str, str] = {}) -> ActorHandle:  # noqa: B006 - never changed
+    """Get the actor of this name, or make it.
+
+    Args:
+        name: Unique in namespace `esrl`.
+        cls: A plain class; async methods make an async actor.
+        args: Constructor arguments, used again at every restart.
+        detached: Outlive the command that spawned it.
+        max_concurrency: Threads (or coroutines) of the actor; Ray's default when None.
+        env: More environment variables of its process.
+
+    Returns:
+        A handle; the constructor may still be running.
+    """
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "get_if_exists": True,
+        "lifetime": "detached" if detached else None,
+        "runtime_env": {"env_vars": {**THREADS, **env}},
+    }
+    if max_concurrency is not None:
+        options["max_concurrency"] = max_concurrency
+    return ray.remote(cls).options(**options).remote(*args)
+
+
+def find(name: str) -> ActorHandle:
+    """The actor of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return ray.get_actor(name, namespace=NAMESPACE)
+
+
+def end(handles: Mapping[str, ActorHandle]) -> None:
+    """End actors for good, in order."""
+    for name, handle in handles.items():
+        ray.kill(handle, no_restart=True)
+        _logger.info("actor ended name=%s", name)
+
+
+def ask(call: Callable[..., Any], *args: Any, timeout_s: float = 5.0, otherwise: Any = None) -> Any:
+    """Call an actor method and wait; `otherwise` when the actor is being restarted or does not answer in time.
+
+    An exception that the method itself raised is raised here.
+    """
+    try:
+        return ray.get(call(*args), timeout=timeout_s)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        _logger.warning("actor does not answer: %s", str(error).splitlines()[0])
+        return otherwise

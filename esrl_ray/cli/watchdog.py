@@ -1,0 +1,78 @@
+"""Ends what a command started when the command dies, however it dies.
+
+The command sets the variable `ESRL_RUN` in its environment before it starts anything, so that every descendant carries it: the
+broker's Java, Ray's processes and workers, HAProxy. This process waits on a pipe that closes with the command, then ends the carriers
+by their process ids, first gently, then not, and removes the run's temporary folders. The command itself does not carry the mark
+(a change of `os.environ` is not seen in `/proc/self/environ`), nor does anything that was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+MARK = "ESRL_RUN"
+
+
+def carriers(mark: str) -> list[psutil.Process]:
+    """Processes that carry the mark, without this one and the watchdogs."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark and __name__ not in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue  # it ended while we looked, or belongs to somebody else
+    return found
+
+
+def end_all(mark: str, *, grace_s: float = 5.0) -> int:
+    """End every carrier of the mark; returns how many there were."""
+    num = 0
+    deadline = time.monotonic() + grace_s
+    while left := carriers(mark):
+        num = max(num, len(left))
+        for process in left:
+            try:
+                if time.monotonic() < deadline:
+                    process.terminate()
+                else:
+                    process.kill()
+            except psutil.NoSuchProcess:
+                continue  # ended by itself
+        psutil.wait_procs(left, timeout=0.5)
+    return num
+
+
+def start(mark: str, folders: list[Path]) -> IO[bytes]:
+    """Start a watchdog; it acts when the returned pipe closes.
+
+    Args:
+        mark: Value of `ESRL_RUN` that the descendants carry.
+        folders: Removed afterwards.
+    """
+    watchdog = subprocess.Popen(
+        [sys.executable, "-m", __name__ if __name__ != "__main__" else "esrl_ray.cli.watchdog", mark, *map(str, folders)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert watchdog.stdin is not None
+    return watchdog.stdin
+
+
+def _main() -> None:
+    sys.stdin.buffer.read()
+    end_all(sys.argv[1])
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _main()
