@@ -18,7 +18,7 @@ from typing import IO
 
 import psutil
 
-MARK = "ESRL_RUN"
+MARK, MODULE = "ESRL_RUN", "esrl_ray.cli.watchdog"
 
 
 def carriers(mark: str) -> list[psutil.Process]:
@@ -26,7 +26,7 @@ def carriers(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark and __name__ not in " ".join(process.cmdline()):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark and MODULE not in " ".join(process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended while we looked, or belongs to somebody else
@@ -59,7 +59,7 @@ def start(mark: str, folders: list[Path]) -> IO[bytes]:
         folders: Removed afterwards.
     """
     watchdog = subprocess.Popen(
-        [sys.executable, "-m", __name__ if __name__ != "__main__" else "esrl_ray.cli.watchdog", mark, *map(str, folders)],
+        [sys.executable, "-m", MODULE, mark, *map(str, folders)],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
