@@ -1,19 +1,22 @@
-"""The networks: an actor on one pair's enhanced state, and an ensemble of independent critics as batched matmuls.
+"""The networks: an actor on one pair's enhanced state, an ensemble of independent critics as batched matmuls, and all of a learner's.
 
 Both read the normalised numeric input first (F + k columns), so that a new normaliser can be folded exactly into their first layers.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 
-from esrl_ray.normaliser import Normaliser
+from esrl_ray.normaliser import MIN_SCORE, Normaliser
 from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import Floats
 
 START_SCALE = 0.01
 """The actor's last layer starts this small, so that learning starts at the control policy a = 0."""
@@ -101,7 +104,8 @@ class Critics(nn.Module):
         *hidden, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden:
             x = torch.relu(torch.matmul(x, weight) + bias)  # (q m, N, hidden)
-        return (torch.matmul(x, last[0]) + last[1]).view(q, m, -1)
+        values: torch.Tensor = torch.matmul(x, last[0]) + last[1]  # (q m, N, 1)
+        return values.view(q, m, -1)
 
     @torch.no_grad()
     def fold(self, old: Normaliser, new: Normaliser) -> None:
@@ -110,13 +114,97 @@ class Critics(nn.Module):
             weight[:], bias[0] = _folded(weight, bias[0], old, new)
 
 
+class Networks(nn.Module):
+    """All that a learner's parameters are: actor, critics, their targets, the frozen anchor, and the scales that they share.
+
+    The five networks read the same normalised input: another policy becomes the anchor by folding its normaliser into this one. Critics
+    give values in units of `value_scale`, the standard deviation of a list's reward in each group.
+
+    Args:
+        spec: Widths and ranges.
+        num_groups: q.
+        critics_per_group: m.
+        hidden_sizes: Widths of actor and critics.
+        embedding_size: Width of a categorical feature's embedding.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    value_scale: torch.Tensor
+
+    def __init__(self, spec: Spec, num_groups: int, critics_per_group: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.actor = Actor(spec, hidden_sizes, embedding_size)
+        self.critics = Critics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.anchor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(spec.num_features + spec.num_scores))
+        self.register_buffer("std", torch.ones(spec.num_features + spec.num_scores))
+        self.register_buffer("value_scale", torch.ones(num_groups))
+        self.set_static_anchor(np.zeros(spec.num_actions, np.float32))
+
+    def numeric(self, states: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Normalised numeric input (..., F + k) of raw states (..., F) and scores (..., k): `normaliser.numeric_input` on the device."""
+        raw = torch.cat([states, scores.clamp_min(MIN_SCORE).log()], dim=-1)
+        normalised: torch.Tensor = (raw - self.mean) / self.std
+        return normalised
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """A copy of the frozen normaliser."""
+        return Normaliser(self.mean.cpu().numpy().copy(), self.std.cpu().numpy().copy())
+
+    @torch.no_grad()
+    def set_scales(self, normaliser: Normaliser, value_scale: Floats, *, fold: bool) -> None:
+        """Take a new normaliser and new value scales.
+
+        Args:
+            normaliser: Of the numeric input.
+            value_scale: (q,) standard deviations of a list's reward.
+            fold: Change first and last layers so that no function changes; without it the networks keep their parameters, which is
+                right only before they have learnt anything. Adam's moments are kept as they are: they adapt in some hundred steps.
+        """
+        old, scale = self.normaliser, torch.as_tensor(value_scale, device=self.value_scale.device)
+        if fold:
+            for network in (self.actor, self.critics, self.target_actor, self.target_critics, self.anchor):
+                network.fold(old, normaliser)
+            for critics in (self.critics, self.target_critics):
+                ratio = (self.value_scale / scale).repeat_interleave(critics.shape[1])[:, None, None]  # (q m, 1, 1)
+                critics.weights[-1].mul_(ratio)
+                critics.biases[-1].mul_(ratio)
+        self.mean.copy_(torch.as_tensor(normaliser.mean))
+        self.std.copy_(torch.as_tensor(normaliser.std))
+        self.value_scale.copy_(scale)
+
+    @torch.no_grad()
+    def set_anchor(self, parameters: Mapping[str, Floats], normaliser: Normaliser) -> None:
+        """Make a `pair` policy the anchor mu_bp.
+
+        Args:
+            parameters: An actor's parameters by name.
+            normaliser: That they were trained with; folded into this one, so that the anchor's function is the policy's.
+        """
+        self.anchor.load_state_dict({k: torch.as_tensor(np.array(v)) for k, v in parameters.items()})
+        self.anchor.fold(normaliser, self.normaliser)
+
+    @torch.no_grad()
+    def set_static_anchor(self, action: Floats) -> None:
+        """Make one action (A,) for all pairs the anchor: the last layer forgets its input."""
+        last = self.anchor.layers[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.zero_()
+        last.bias.copy_(torch.atanh(torch.as_tensor(action).clamp(-1 + 1e-6, 1 - 1e-6)))
+
+
 def _uniform(*shape: int, fan_in: int) -> torch.Tensor:
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(shape).uniform_(-bound, bound)
 
 
 def _folded(weight: torch.Tensor, bias: torch.Tensor, old: Normaliser, new: Normaliser) -> tuple[torch.Tensor, torch.Tensor]:
-    """W (in, out) and b (out,) with `W' x_new + b' = W x_old + b`, from `x_old = (x_new std_new + mean_new - mean_old) / std_old`; in float64."""
+    """W (in, out), b (out,) with `W' x_new + b' = W x_old + b`: `x_old = (x_new std_new + mean_new - mean_old) / std_old`, in float64."""
     n = len(old.mean)
     old_mean, old_std, new_mean, new_std = (
         torch.as_tensor(v, dtype=torch.float64, device=weight.device) for v in (old.mean, old.std, new.mean, new.std)

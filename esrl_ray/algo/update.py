@@ -1,0 +1,272 @@
+"""One gradient step of EnhancedRL on plain torch: `update(state, batch)` is the executable specification of learning.
+
+A step is: critics by TD, then the actor with the critics frozen (only the actor's parameters are differentiated), then every
+`soft_update_every` steps the targets. Nothing in a step waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+
+from esrl_ray.algo import losses
+from esrl_ray.algo.losses import Bounds
+from esrl_ray.algo.networks import Critics, Networks
+from esrl_ray.config import Config, LearnerConfig
+from esrl_ray.fusion import fused_scores
+from esrl_ray.vocabulary import TransitionBatch
+
+Average = Callable[[list[torch.Tensor]], None]
+"""Averages gradients over learners, in place."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `learner.device`; `auto` is the GPU when there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+@dataclass(slots=True)
+class LearnState:
+    """Everything that learning changes.
+
+    Attributes:
+        networks: Actor, critics, targets, anchor, normaliser, on one device.
+        actor_optimiser: Adam on the actor.
+        critic_optimiser: Adam on the critics.
+        group_weights: (q,) w_i.
+        learner: Hyper-parameters.
+        bounds: Of exploration around the anchor.
+        gradient_steps: Taken so far.
+    """
+
+    networks: Networks
+    actor_optimiser: torch.optim.Optimizer
+    critic_optimiser: torch.optim.Optimizer
+    group_weights: torch.Tensor
+    learner: LearnerConfig
+    bounds: Bounds
+    gradient_steps: int = 0
+
+    @classmethod
+    def create(cls, config: Config, *, device: str | None = None) -> Self:
+        """A fresh learner that starts at the control policy.
+
+        Args:
+            config: Deployment; `learner.seed` fixes the parameters.
+            device: Instead of `learner.device`.
+        """
+        networks = make_networks(config).to(pick_device(device or config.learner.device))
+        return cls.around(networks, make_optimisers(networks, config.learner), config)
+
+    @classmethod
+    def around(cls, networks: Networks, optimisers: tuple[torch.optim.Optimizer, torch.optim.Optimizer], config: Config) -> Self:
+        """A learner around networks and optimisers (of the actor, of the critics) that exist."""
+        weights = torch.tensor(config.learner.group_weights or [1.0] * config.reward.num_groups, device=networks.mean.device)
+        bounds = Bounds(config.exploration.low, config.exploration.high)
+        return cls(networks, *optimisers, weights, config.learner, bounds)
+
+
+def make_networks(config: Config) -> Networks:
+    """Networks on the CPU, seeded by `learner.seed`; the global random state is left as it was."""
+    learner = config.learner
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(learner.seed)
+        return Networks(
+            config.spec.build(),
+            config.reward.num_groups,
+            learner.critics_per_group,
+            hidden_sizes=learner.hidden_sizes,
+            embedding_size=learner.embedding_size,
+        )
+
+
+def make_optimisers(networks: Networks, learner: LearnerConfig) -> tuple[torch.optim.Adam, torch.optim.Adam]:
+    """Adam of the actor and of the critics."""
+    return (
+        torch.optim.Adam(list(networks.actor.parameters()), lr=learner.actor_lr, foreach=True),
+        torch.optim.Adam(list(networks.critics.parameters()), lr=learner.critic_lr, foreach=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Transitions as the networks read them; P pairs of a request, L shown ones of its list, M shown ones of the next list, all padded."""
+
+    numeric: torch.Tensor  # (B, P, F + k) normalised
+    categorical: torch.Tensor  # (B, P, C) int64
+    scores: torch.Tensor  # (B, P, k) raw
+    anchors: torch.Tensor  # (B, P, A) mu_bp(s)
+    valid: torch.Tensor  # (B, P)
+    shown: torch.Tensor  # (B, P)
+    list_numeric: torch.Tensor  # (B, L, F + k)
+    list_categorical: torch.Tensor  # (B, L, C)
+    list_relative: torch.Tensor  # (B, L, A) taken actions, relative to their logged anchors
+    list_rewards: torch.Tensor  # (B, L, q) in units of the value scale
+    list_shown: torch.Tensor  # (B, L)
+    next_numeric: torch.Tensor  # (B, M, F + k)
+    next_categorical: torch.Tensor  # (B, M, C)
+    next_anchors: torch.Tensor  # (B, M, A) mu_bp(s')
+    next_shown: torch.Tensor  # (B, M)
+    bootstrap: torch.Tensor  # (B,)
+
+    def split(self, num_parts: int) -> list[Batch]:
+        """Parts with equally many consecutive transitions."""
+        rows = len(self.bootstrap)
+        assert rows % num_parts == 0, f"{rows} transitions do not split in {num_parts}"
+        columns = [getattr(self, f.name).split(rows // num_parts) for f in fields(self)]
+        return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+@torch.no_grad()
+def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tensor | np.ndarray]) -> Batch:
+    """Move transitions to the device, normalise them, gather the shown pairs, and ask the anchor: everything that is constant in a round.
+
+    Call it once for the transitions of several gradient steps: it waits for the device twice, to know the longest list.
+
+    Args:
+        state: Its networks give normaliser, value scale, anchor and device.
+        batch: `TransitionBatch` columns, arrays or tensors.
+    """
+    networks = state.networks
+    device = networks.mean.device
+    c = {name: torch.as_tensor(column).to(device) for name, column in batch.items()}
+    numeric, categorical = networks.numeric(c["states"], c["scores"]), c["categorical"].long()
+    next_numeric, next_categorical = networks.numeric(c["next_states"], c["next_scores"]), c["next_categorical"].long()
+    shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
+    relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
+    next_list, next_codes = _pick(next_numeric, next_shown), _pick(next_categorical, next_shown)
+    return Batch(
+        numeric=numeric,
+        categorical=categorical,
+        scores=c["scores"],
+        anchors=networks.anchor(numeric, categorical),
+        valid=c["valid"],
+        shown=c["shown"],
+        list_numeric=_pick(numeric, shown),
+        list_categorical=_pick(categorical, shown),
+        list_relative=_pick(relative, shown),
+        list_rewards=_pick(c["rewards"] / networks.value_scale, shown),
+        list_shown=c["shown"].gather(1, shown),
+        next_numeric=next_list,
+        next_categorical=next_codes,
+        next_anchors=networks.anchor(next_list, next_codes),
+        next_shown=c["next_shown"].gather(1, next_shown),
+        bootstrap=c["has_next"] * (1 - c["terminated"]),
+    )
+
+
+class UpdateResult(NamedTuple):
+    """What one gradient step did; scalars on the device."""
+
+    critic_loss: torch.Tensor  # mean over critics, in units of the value scale squared
+    actor_loss: torch.Tensor
+    outside_share: torch.Tensor  # share of mu(s)'s dimensions outside the bounds
+    phi_mean: torch.Tensor  # over the next list; computed whether or not targets use it
+    critic_grad_norm: torch.Tensor  # before clipping
+    actor_grad_norm: torch.Tensor
+
+
+def update(state: LearnState, batch: Batch, *, average: Average | None = None) -> UpdateResult:
+    """One gradient step, in place.
+
+    Args:
+        state: Changed: parameters, optimisers, counter.
+        batch: From `prepare`.
+        average: Averages gradients over learners before they are clipped.
+    """
+    critic_loss, critic_norm, phi_mean = _critic_step(state, batch, average)
+    actor_loss, actor_norm, outside = _actor_step(state, batch, average)
+    state.gradient_steps += 1
+    if state.gradient_steps % state.learner.soft_update_every == 0:
+        n = state.networks
+        for target, network in ((n.target_critics, n.critics), (n.target_actor, n.actor)):
+            losses.soft_update(list(target.parameters()), list(network.parameters()), tau=state.learner.soft_update)
+    return UpdateResult(critic_loss, actor_loss, outside, phi_mean, critic_norm, actor_norm)
+
+
+def _critic_step(state: LearnState, batch: Batch, average: Average | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    networks, learner, bounds = state.networks, state.learner, state.bounds
+    with torch.no_grad():
+        next_actions = networks.target_actor(batch.next_numeric, batch.next_categorical)  # (B, M, A)
+        relative = losses.relative_actions(next_actions, batch.next_anchors, bounds)
+        next_values = _values(networks.target_critics, batch.next_numeric, batch.next_categorical, relative)  # (q, m, B, M)
+        next_phi = losses.phi(losses.excess(next_actions, batch.next_anchors, bounds), bounds, beta=learner.penalty_scale)
+        if learner.phi:
+            next_values = next_values * next_phi
+    values = _values(networks.critics, batch.list_numeric, batch.list_categorical, batch.list_relative)  # (q, m, B, L)
+    td = losses.list_sum_td if learner.td == "list_sum" else losses.per_pair_td
+    loss = td(
+        values,
+        batch.list_shown,
+        batch.list_rewards,
+        next_values=next_values,
+        next_shown=batch.next_shown,
+        bootstrap=batch.bootstrap,
+        gamma=learner.gamma,
+    )  # (q, m)
+    # Each critic has its own loss: the sum gives each its own gradient, whatever their number.
+    norm = _step(loss.sum(), list(networks.critics.parameters()), state.critic_optimiser, max_norm=learner.grad_clip, average=average)
+    phi_mean = (next_phi * batch.next_shown).sum() / batch.next_shown.sum().clamp_min(1.0)
+    return loss.detach().mean(), norm, phi_mean
+
+
+def _actor_step(state: LearnState, batch: Batch, average: Average | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    networks, learner, bounds = state.networks, state.learner, state.bounds
+    actions = networks.actor(batch.numeric, batch.categorical)  # (B, P, A)
+    over = losses.excess(actions, batch.anchors, bounds)
+    penalties = losses.bound_penalty(over, bounds, beta=learner.penalty_scale, continuous=learner.continuous_penalty)
+    weights = state.group_weights * networks.value_scale  # back to units of reward
+
+    def pair_values() -> torch.Tensor:  # (B, P)
+        relative = losses.relative_actions(actions, batch.anchors, bounds)
+        values = _values(networks.critics, batch.numeric, batch.categorical, relative)
+        return losses.pessimistic_values(values, weights, std_penalty=learner.std_penalty)
+
+    if learner.actor_loss == "listwise":
+        with torch.no_grad():
+            gains = losses.advantages(pair_values(), batch.valid)
+        fused = fused_scores(batch.scores, actions, networks.spec)
+        loss = losses.listwise_actor_loss(fused, gains, penalties, batch.valid, temperature=learner.temperature, eta=learner.bound_penalty)
+    else:
+        loss = losses.printed_actor_loss(pair_values(), penalties, batch.shown, eta=learner.bound_penalty)
+    norm = _step(loss, list(networks.actor.parameters()), state.actor_optimiser, max_norm=learner.grad_clip, average=average)
+    outside = ((over.detach() > 0).float().mean(-1) * batch.valid).sum() / batch.valid.sum().clamp_min(1.0)
+    return loss.detach(), norm, outside
+
+
+def _step(
+    loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer, *, max_norm: float, average: Average | None
+) -> torch.Tensor:
+    """Differentiate only `parameters`, average, clip, step; the gradient norm before clipping."""
+    gradients = list(torch.autograd.grad(loss, parameters))
+    if average is not None:
+        average(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_max(1.0))
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimiser.step()
+    for parameter in parameters:
+        parameter.grad = None
+    return norm
+
+
+def _values(critics: Critics, numeric: torch.Tensor, categorical: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+    """Q of padded pairs (B, P, ...): (q, m, B, P)."""
+    values: torch.Tensor = critics(numeric.flatten(0, 1), categorical.flatten(0, 1), relative.flatten(0, 1))
+    return values.view(*critics.shape, *numeric.shape[:2])
+
+
+def _shown_first(shown: torch.Tensor) -> torch.Tensor:
+    """(B, L) indices of the shown pairs of each list, in order, then of others; L is the longest list's length, at least 1."""
+    longest = max(1, int(shown.sum(-1).max()))
+    return torch.argsort(shown, dim=-1, descending=True, stable=True)[:, :longest]
+
+
+def _pick(column: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(B, L, ...) pairs of (B, G, ...) by (B, L) indices."""
+    return column.gather(1, indices.unsqueeze(-1).expand(-1, -1, column.shape[-1]))
