@@ -22,8 +22,9 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .35rem } p { margin: .35rem 0 .8rem }
 .muted, figcaption, th { color: var(--muted) }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.5rem 0 }
-.tile { flex: 1 1 8rem; background: var(--soft); border-radius: .6rem; padding: .7rem .9rem }
-.tile b { display: block; font-size: 1.4rem; line-height: 1.25 } .tile span { font-size: .85rem; color: var(--muted) }
+.tile { flex: 1 1 7.2rem; background: var(--soft); border-radius: .6rem; padding: .7rem .85rem }
+.tile b { display: block; font-size: 1.4rem; line-height: 1.25 }
+.tile span { display: block; font-size: .82rem; line-height: 1.35; color: var(--muted) }
 figure { margin: .8rem 0 } figure svg { width: 100%; height: auto; display: block } figcaption { font-size: .88rem; margin-top: .2rem }
 svg text { font-family: var(--sans) !important }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .6rem 0 }
@@ -53,9 +54,10 @@ def render_page(report: Report) -> str:
         _events(report),
         _run(report, details),
     ]
+    head = f"<title>{escape(details.title)}</title>\n<style>{STYLE}</style>"
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join(part for part in parts if part)
-    return f'<!doctype html>\n<html lang="en"><head>{meta}\n<title>{escape(details.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    return f'<!doctype html>\n<html lang="en"><head>{meta}\n{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def _head(details: Details) -> str:
@@ -155,10 +157,17 @@ def _delays(report: Report, details: Details) -> str:
     ]
     if details.waterfall:
         out.append(
-            _figure(plots.waterfall_plot(details.waterfall), "waterfall", "Median time in each stage (bar) and its 99th percentile (line).")
+            _figure(
+                plots.waterfall_plot(details.waterfall),
+                "waterfall",
+                (
+                    "Median time in each stage (bar) and its 99th percentile (line). A step is drawable when what follows it is known: its next "
+                    "list has been closed and inserted too, or the user has left."
+                ),
+            )
         )
         rows = [(escape(s.name), _seconds(s.seconds.p50), _seconds(s.seconds.p99), *_since(s.since_closed_s)) for s in details.waterfall]
-        out.append(_table(("stage", "median", "99th", "since closed, median", "99th", "never"), rows))
+        out.append(_table(("stage", "median", "99th", "since closed: median", "99th", "never"), rows))
     out.append(
         f"<p>Requests take {_pair(report.latency_ms, 'ms')}; a published policy is served by all replicas after "
         f"{_pair(report.swap_ms, 'ms')} (median, 99th percentile).</p>"

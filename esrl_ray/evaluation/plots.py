@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from esrl_ray.evaluation.report import ArmPoint, FrozenPoint, Histogram, Interval, LossPoint, Segment, Stage, WeightsPoint
+
+P = ParamSpec("P")
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e8ec"
 ARM_COLOURS = {"explore": "#d97706", "exploit": "#0f6cbd", "control": "#66727f"}
@@ -45,6 +48,17 @@ STYLE = {
 }
 
 
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with this report's style, and leave matplotlib's own as it is."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element that scales with its column; the same figure gives the same text."""
     buffer = io.StringIO()
@@ -56,6 +70,7 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).strip()
 
 
+@_styled
 def arms_plot(points: Sequence[ArmPoint]) -> Figure:
     """Reward per session of each arm over the run, with 95 % intervals."""
     figure, (axes,) = _figure(2.8)
@@ -70,6 +85,7 @@ def arms_plot(points: Sequence[ArmPoint]) -> Figure:
     return figure
 
 
+@_styled
 def frozen_plot(points: Sequence[FrozenPoint], control: float) -> Figure:
     """Reward per session of frozen policies on the same sessions, by when they were published."""
     figure, (axes,) = _figure(2.8)
@@ -87,6 +103,7 @@ def frozen_plot(points: Sequence[FrozenPoint], control: float) -> Figure:
     return figure
 
 
+@_styled
 def losses_plot(points: Sequence[LossPoint]) -> Figure:
     """Critic loss, actor loss and the share of actions outside the bounds."""
     figure, panels = _figure(2.3, 3)
@@ -105,6 +122,7 @@ def losses_plot(points: Sequence[LossPoint]) -> Figure:
     return figure
 
 
+@_styled
 def weights_plot(points: Sequence[WeightsPoint], scores: Sequence[str]) -> Figure:
     """Mean power and bias of each score by the policy version that served."""
     figure, panels = _figure(2.9, 2)
@@ -123,6 +141,7 @@ def weights_plot(points: Sequence[WeightsPoint], scores: Sequence[str]) -> Figur
     return figure
 
 
+@_styled
 def segments_plot(segments: Sequence[Segment], scores: Sequence[str]) -> Figure:
     """Mean power of each score in the low, middle and high third of each feature."""
     features = list(dict.fromkeys(s.feature for s in segments))
@@ -142,6 +161,7 @@ def segments_plot(segments: Sequence[Segment], scores: Sequence[str]) -> Figure:
     return figure
 
 
+@_styled
 def waterfall_plot(stages: Sequence[Stage]) -> Figure:
     """Median time of each stage, one after the other, and how far the 99th percentile reaches."""
     figure, (axes,) = _figure(0.38 * len(stages) + 0.8)
@@ -167,6 +187,7 @@ def waterfall_plot(stages: Sequence[Stage]) -> Figure:
     return figure
 
 
+@_styled
 def latency_plot(histogram: Histogram) -> Figure:
     """Latency of requests, as the client saw it."""
     figure, (axes,) = _figure(2.1)
@@ -184,9 +205,8 @@ def latency_plot(histogram: Histogram) -> Figure:
 
 
 def _figure(height: float, columns: int = 1, num_rows: int = 1, *, sharey: bool = False) -> tuple[Figure, list[Any]]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        grid = figure.subplots(num_rows, columns, sharey=sharey, squeeze=False)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = figure.subplots(num_rows, columns, sharey=sharey, squeeze=False)
     return figure, list(grid.flat)
 
 
@@ -207,9 +227,8 @@ def _headroom(axes: Any) -> None:
 
 
 def _legend_below(figure: Figure, axes: Any, columns: int) -> None:
-    with mpl.rc_context(STYLE):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, 6), frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, 6))
 
 
 def _smooth(values: Any, share: float = 0.05) -> Any:
