@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +23,7 @@ MSGPACK, JSON = b"application/msgpack", b"application/json"
 SHOWN, LEAVE = "shown", "leave"  # built-in behaviours; both may come without an item
 MAX_ID_BYTES, MAX_EVENT_BYTES, MAX_PAIRS = 128, 4 * 2**20, 1_000
 
-Array = bytes | list[float] | list[list[float]]
+Array = bytes | list[float | list[float]]
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +79,7 @@ class DecodedDecision:
     fused_scores: Floats  # (G,)
 
 
-_decoders = {
+_decoders: dict[tuple[bytes, type], Any] = {
     (MSGPACK, Decision): msgspec.msgpack.Decoder(Decision),
     (JSON, Decision): msgspec.json.Decoder(Decision),
     (MSGPACK, Feedback): msgspec.msgpack.Decoder(Feedback),
