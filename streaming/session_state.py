@@ -1,0 +1,207 @@
+"""What the session join remembers between events, in the form in which it is stored: msgspec structs, arrays as bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from esrl_ray.errors import LogError
+from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import Bucket, Ended, Floats, StepRow
+from streaming.wire import DecodedDecision, Feedback
+
+STATE_VERSION = 1
+
+Topic = Literal["decisions", "feedback"]
+DECISIONS: Topic = "decisions"
+FEEDBACK: Topic = "feedback"
+
+
+class Bulk(msgspec.Struct, frozen=True, array_like=True):
+    """The wide part of a decision, as little-endian bytes; forgotten once its row is written."""
+
+    positions: bytes  # (G,) int32
+    states: bytes  # (G, F) float32
+    categorical: bytes  # (G, C) int32
+    scores: bytes  # (G, k)
+    actions: bytes  # (G, A)
+    anchor_actions: bytes  # (G, A)
+    fused_scores: bytes  # (G,)
+
+
+class OpenStep(msgspec.Struct, array_like=True, eq=False):
+    """A step that can still change: its label age is not reached (`closed` False), or its session is open."""
+
+    step_id: str
+    session_id: str  # as the app sent it
+    user_id: str
+    offset: int
+    event_time_ms: int
+    arm: str
+    policy_version: int
+    round: int
+    num_candidates: int
+    item_ids: list[str]  # G
+    listed: list[bool]  # (G,) position >= 0: what `shown` without an item stands for
+    bulk: Bulk | None
+    shown: list[bool]  # (G,)
+    kept: bool  # it has a shown pair, so it is or will be logged
+    values: dict[int, float] = {}  # g * num_behaviours + behaviour -> combined value, not capped yet
+    newest: dict[int, tuple[int, str]] = {}  # the same cell -> (event_time_ms, event_id) behind it, for `last`
+    num_feedback: int = 0  # applied while not closed
+    closed: bool = False
+    name: str = ""  # the session with `#n`
+    index: int = 0
+    revision: int = -1  # of the newest row
+    next_id: str | None = None
+    ended: Ended = Ended.OPEN
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Order of the steps of a session."""
+        return self.event_time_ms, self.step_id
+
+
+class Session(msgspec.Struct, array_like=True, eq=False):
+    """One visit: a session id of the app may come back, as session `id#1`, `id#2`, ..."""
+
+    session_id: str
+    number: int
+    first_ms: int
+    last_ms: int  # of any activity
+    steps: list[OpenStep] = []  # by (event_time_ms, step_id); dropped and retired ones are gone
+    num_unclosed: int = 0
+    num_retired: int = 0  # steps that were retired before the session
+    ended: Ended | None = None  # terminated or truncated
+    end_ms: int = 0  # a late decision up to here still belongs to it
+
+    @property
+    def name(self) -> str:
+        """The session id of rows."""
+        return f"{self.session_id}#{self.number}" if self.number else self.session_id
+
+
+class JoinState(msgspec.Struct):
+    """Everything that a join of one partition needs to go on; timers are derived from it."""
+
+    version: int
+    partition: int
+    watermark_ms: int
+    newest_ms: dict[str, int]  # topic -> newest event time seen
+    settled: dict[str, dict[Bucket, int]]  # topic -> bucket -> events, since the first event ever
+    seen: dict[int, list[str]]  # event time // 1 s -> event ids with a prefix for the topic
+    pending_decisions: list[OpenStep]
+    pending_feedback: list[Feedback]
+    num_closed: int = 0
+    waiting: list[Feedback] = []
+    open_sessions: list[Session] = []  # least recently active first
+    ended_sessions: list[Session] = []
+    gone: dict[str, tuple[int, Bucket]] = {}  # decision id -> forgotten at, bucket of its feedback; oldest first
+    numbers: dict[str, tuple[int, int]] = {}  # session id -> forgotten at, last number; oldest first
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(JoinState)
+
+
+def encode_state(state: JoinState) -> bytes:
+    """Msgpack bytes of a join's state."""
+    return _encoder.encode(state)
+
+
+def decode_state(payload: bytes, partition: int) -> JoinState:
+    """Read a stored state.
+
+    Raises:
+        LogError: it is damaged, of another version, or of another partition.
+    """
+    try:
+        state = _decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise LogError(f"the state of the join cannot be read: {error}", f"partition {partition}") from error
+    if state.version != STATE_VERSION or state.partition != partition:
+        raise LogError(
+            f"the state of the join has version {state.version} of partition {state.partition}, expected {STATE_VERSION} of {partition}",
+            f"partition {partition}",
+        )
+    return state
+
+
+def open_step(decoded: DecodedDecision, offset: int, *, require_shown: bool) -> OpenStep:
+    """The step that a decision begins."""
+    event = decoded.event
+    listed = [position >= 0 for position in event.positions]
+    return OpenStep(
+        step_id=event.decision_id,
+        session_id=event.session_id,
+        user_id=event.user_id,
+        offset=offset,
+        event_time_ms=event.event_time_ms,
+        arm=event.arm,
+        policy_version=event.policy_version,
+        round=event.round,
+        num_candidates=event.num_candidates,
+        item_ids=event.item_ids,
+        listed=listed,
+        bulk=Bulk(
+            positions=np.asarray(event.positions, "<i4").tobytes(),
+            states=decoded.states.tobytes(),
+            categorical=decoded.categorical.tobytes(),
+            scores=decoded.scores.tobytes(),
+            actions=decoded.actions.tobytes(),
+            anchor_actions=decoded.anchor_actions.tobytes(),
+            fused_scores=decoded.fused_scores.tobytes(),
+        ),
+        shown=[False] * len(listed) if require_shown else list(listed),
+        kept=not require_shown and any(listed),
+    )
+
+
+def step_row(step: OpenStep, behaviours: Floats, rewards: Floats, spec: Spec, *, partition: int, closed_ms: int) -> StepRow:
+    """The row of a step as it is now; with the bulky fields as long as the step has them.
+
+    Args:
+        step: The closed step, its revision already counted up.
+        behaviours: (G, num_behaviours) combined values.
+        rewards: (G, q).
+        spec: Widths of the bulky fields.
+        partition: Of both topics.
+        closed_ms: Clock.
+    """
+    row = StepRow(
+        step_id=step.step_id,
+        revision=step.revision,
+        session_id=step.name,
+        user_id=step.user_id,
+        index=step.index,
+        partition=partition,
+        offset=step.offset,
+        event_time_ms=step.event_time_ms,
+        closed_ms=closed_ms,
+        arm=step.arm,
+        policy_version=step.policy_version,
+        round=step.round,
+        num_candidates=step.num_candidates,
+        shown=np.asarray(step.shown, np.bool_),
+        behaviours=behaviours,
+        rewards=rewards,
+        next_id=step.next_id,
+        ended=step.ended,
+    )
+    if (bulk := step.bulk) is None:
+        return row
+    g, k = len(step.item_ids), spec.num_scores
+    return replace(
+        row,
+        item_ids=tuple(step.item_ids),
+        positions=np.frombuffer(bulk.positions, "<i4"),
+        states=np.frombuffer(bulk.states, "<f4").reshape(g, spec.num_features),
+        categorical=np.frombuffer(bulk.categorical, "<i4").reshape(g, spec.num_categorical),
+        scores=np.frombuffer(bulk.scores, "<f4").reshape(g, k),
+        actions=np.frombuffer(bulk.actions, "<f4").reshape(g, spec.num_actions),
+        anchor_actions=np.frombuffer(bulk.anchor_actions, "<f4").reshape(g, spec.num_actions),
+        fused_scores=np.frombuffer(bulk.fused_scores, "<f4"),
+    )

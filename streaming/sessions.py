@@ -1,0 +1,216 @@
+"""The session join of one partition: a pure function of the events, the clock and the end-of-topic flags that it is given.
+
+Events wait in a heap until the watermark has passed them and are then applied in the order of their event time, together with the
+timers (label age, inactivity gap, patience with feedback without decision). So the order of arrival does not matter as long as no
+event is more than `join.lateness_s` out of order in its topic; what comes later than that is applied at once, behind the others.
+
+Watermark: min over both topics of (newest event time - lateness); a topic that is read to its end follows clock - lateness if that
+is later. It never goes down.
+
+Ledger: a decision is joined when its step closes, feedback when it is applied to a closed step or its step closes. Until then both
+are in an open session. Every event is in exactly one bucket at any time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from esrl_ray.config import Config
+from esrl_ray.reward import rewards_of
+from esrl_ray.vocabulary import Bucket, Floats, StepRow
+from streaming.open_sessions import OpenSessions
+from streaming.session_state import (
+    DECISIONS,
+    FEEDBACK,
+    STATE_VERSION,
+    JoinState,
+    OpenStep,
+    Topic,
+    decode_state,
+    encode_state,
+    open_step,
+    step_row,
+)
+from streaming.wire import LEAVE, DecodedDecision, Feedback
+
+_FIRST_DECISIONS, _THEN_FEEDBACK, _LAST_LEAVE = range(3)  # events, in this order at the same time
+_NEVER = 1 << 62
+
+
+class SessionJoiner:
+    """Joins decisions and feedback of one partition into steps.
+
+    Args:
+        partition: Of both topics.
+        config: Sections `join`, `reward`, `spec`.
+        state: What `snapshot` returned; None starts with the first event ever.
+
+    Raises:
+        LogError: the state is damaged or belongs to another partition.
+    """
+
+    def __init__(self, partition: int, config: Config, *, state: bytes | None = None) -> None:
+        self._partition, self._reward, self._spec = partition, config.reward, config.spec.build()
+        self._caps = np.asarray([b.cap for b in config.reward.behaviours], np.float64)
+        self._lateness, self._dedup = round(config.join.lateness_s * 1000), round(config.join.dedup_s * 1000)
+        self._require_shown = config.join.require_shown
+        self._newest: dict[str, int] = {}
+        self._settled: dict[str, Counter[Bucket]] = {DECISIONS: Counter(), FEEDBACK: Counter()}
+        self._seen: set[str] = set()
+        self._seen_by_second: dict[int, list[str]] = {}
+        self._pending: list[tuple[int, int, str, OpenStep | Feedback]] = []
+        self._sessions = OpenSessions(config, self._settled)
+        if state is not None:
+            self._restore(decode_state(state, partition))
+
+    @property
+    def watermark_ms(self) -> int:
+        """Event time up to which everything has been applied; 0 before there is one."""
+        return self._sessions.now_ms
+
+    @property
+    def num_open_sessions(self) -> int:
+        """Sessions that have neither ended nor been truncated."""
+        return len(self._sessions.open)
+
+    @property
+    def num_closed(self) -> int:
+        """Distinct steps closed since the first event ever."""
+        return self._sessions.num_closed
+
+    @property
+    def ledger(self) -> dict[tuple[str, Bucket], int]:
+        """(topic, bucket) -> events since the first event ever; open sessions are counted from the state."""
+        decisions, feedback = self._sessions.num_unsettled()
+        pending = sum(isinstance(event, OpenStep) for *_, event in self._pending)
+        return {
+            **{(topic, bucket): amount for topic, settled in self._settled.items() for bucket, amount in settled.items()},
+            (DECISIONS, Bucket.IN_OPEN_SESSION): decisions + pending,
+            (FEEDBACK, Bucket.IN_OPEN_SESSION): feedback + len(self._pending) - pending,
+        }
+
+    def settle(self, topic: Topic, bucket: Bucket, amount: int = 1) -> None:
+        """Count events that never reach the join (dead letters)."""
+        self._settled[topic][bucket] += amount
+
+    def push(self, decisions: Sequence[tuple[int, DecodedDecision]], feedback: Sequence[tuple[int, Feedback]]) -> None:
+        """Take events, each topic's in the order of its offsets: (offset, event)."""
+        for offset, decoded in decisions:
+            decision = decoded.event
+            if self._is_new(DECISIONS, decision.decision_id, decision.event_time_ms):
+                self._push(open_step(decoded, offset, require_shown=self._require_shown))
+        for _, event in feedback:
+            if self._is_new(FEEDBACK, event.event_id, event.event_time_ms):
+                self._push(event)
+
+    def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool) -> list[StepRow]:
+        """Move the watermark, apply what it has passed, and return the rows that this makes.
+
+        Args:
+            clock_ms: Now; the rows' `closed_ms`.
+            decisions_at_end: Everything in the topic `decisions` of this partition has been pushed.
+            feedback_at_end: The same for `feedback`.
+        """
+        marks = []
+        for topic, at_end in ((DECISIONS, decisions_at_end), (FEEDBACK, feedback_at_end)):
+            newest = max(self._newest.get(topic, 0), clock_ms if at_end else 0)
+            marks.append(newest - self._lateness)
+        self._run(max(self.watermark_ms, min(marks)))
+        return self._rows(clock_ms)
+
+    def close(self, *, clock_ms: int) -> list[StepRow]:
+        """End of the data: apply everything pushed, truncate what is open, and return the rows that this makes."""
+        self._run(max([self.watermark_ms, *(pending[0] + 1 for pending in self._pending)]))
+        self._sessions.close()
+        return self._rows(clock_ms)
+
+    def snapshot(self) -> bytes:
+        """Everything needed to go on from here; the rows of `advance` so far count as delivered."""
+        pending = [event for *_, event in sorted(self._pending, key=lambda entry: entry[:3])]
+        state = JoinState(
+            version=STATE_VERSION,
+            partition=self._partition,
+            watermark_ms=self.watermark_ms,
+            newest_ms=self._newest,
+            settled={topic: dict(settled) for topic, settled in self._settled.items()},
+            seen=self._seen_by_second,
+            pending_decisions=[event for event in pending if isinstance(event, OpenStep)],
+            pending_feedback=[event for event in pending if isinstance(event, Feedback)],
+        )
+        self._sessions.store(state)
+        return encode_state(state)
+
+    def _restore(self, state: JoinState) -> None:
+        self._newest, self._seen_by_second = state.newest_ms, state.seen
+        self._seen = set(chain.from_iterable(state.seen.values()))
+        for topic, settled in state.settled.items():
+            self._settled[topic].update(settled)
+        events: list[OpenStep | Feedback] = [*state.pending_decisions, *state.pending_feedback]
+        for event in events:
+            self._push(event)
+        self._sessions.restore(state)
+
+    def _is_new(self, topic: Topic, event_id: str, event_time_ms: int) -> bool:
+        self._newest[topic] = max(event_time_ms, self._newest.get(topic, event_time_ms))
+        key = topic[0] + event_id
+        if event_time_ms < self.watermark_ms - self._dedup:
+            self.settle(topic, Bucket.LATE)
+        elif key in self._seen or (topic == DECISIONS and self._sessions.knows(event_id)):
+            self.settle(topic, Bucket.DUPLICATE)
+        else:
+            self._seen.add(key)
+            self._seen_by_second.setdefault(event_time_ms // 1000, []).append(key)
+            return True
+        return False
+
+    def _push(self, event: OpenStep | Feedback) -> None:
+        if isinstance(event, OpenStep):
+            order, event_id = _FIRST_DECISIONS, event.step_id
+        else:
+            order, event_id = _LAST_LEAVE if event.behaviour == LEAVE else _THEN_FEEDBACK, event.event_id
+        heapq.heappush(self._pending, (event.event_time_ms, order, event_id, event))
+
+    def _run(self, watermark: int) -> None:
+        """Events and timers in the order of their time. A timer is due at the watermark; an event there may still have company to come."""
+        sessions, timers, pending = self._sessions, self._sessions.timers, self._pending
+        while True:
+            due, arrived = timers[0][0] if timers else _NEVER, pending[0][0] if pending else _NEVER
+            if due <= arrived and due <= watermark:
+                sessions.now_ms = max(sessions.now_ms, due)
+                sessions.fire()
+            elif arrived < due and arrived < watermark:
+                sessions.now_ms = max(sessions.now_ms, arrived)
+                sessions.apply(heapq.heappop(pending)[3])
+            else:
+                break
+        sessions.now_ms = watermark
+        sessions.forget()
+        horizon = (watermark - self._dedup) // 1000
+        for second in [second for second in self._seen_by_second if second < horizon]:
+            self._seen.difference_update(self._seen_by_second.pop(second))
+
+    def _rows(self, closed_ms: int) -> list[StepRow]:
+        steps, b = list(self._sessions.changed.values()), len(self._caps)
+        if not steps:
+            return []
+        self._sessions.changed = {}
+        offsets = np.cumsum([0, *(len(step.item_ids) for step in steps)])
+        values = np.zeros((int(offsets[-1]), b), np.float64)
+        for step, offset in zip(steps, offsets.tolist(), strict=False):
+            for cell, value in step.values.items():
+                values[offset + cell // b, cell % b] = value
+        behaviours: Floats = np.minimum(values, self._caps).astype(np.float32)
+        rewards = rewards_of(behaviours, self._reward)
+        rows = []
+        for step, start, end in zip(steps, offsets, offsets[1:], strict=False):
+            step.revision += 1
+            rows.append(
+                step_row(step, behaviours[start:end], rewards[start:end], self._spec, partition=self._partition, closed_ms=closed_ms)
+            )
+            step.bulk = None
+        return rows
