@@ -1,0 +1,131 @@
+"""`esrl log`: what the step log holds, commit by commit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import click
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from streaming.steplog import commit_history, list_workers, read_commits, read_steps
+
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import ConfigError
+
+COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version", "event_time_ms", "ended", "next_id")
+
+
+@click.group("log")
+def log_group() -> None:
+    """Look at the step log."""
+
+
+@log_group.command("show")
+@click.option("--config", "path", help="YAML of the deployment; without it the defaults.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. run.dir=runs/other.")
+@click.option("--worker", help="Only this ingest worker, e.g. ingest-0.")
+@click.option("--commit", type=click.IntRange(min=0), help="Read this commit's rows back; needs --worker when there are several.")
+@click.option("--as-of", multiple=True, metavar="[WORKER=]N", help="Read the steps as they were after commit N of a worker, or of all.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Lines to print, the newest.")
+def show(
+    *, path: str | None, overrides: tuple[str, ...], worker: str | None, commit: int | None, as_of: tuple[str, ...], limit: int
+) -> None:
+    """List commits with rows and offsets, read one commit back, or read the steps as of a commit."""
+    config = load_config(path, overrides, environment=os.environ)
+    root = log_root(config)
+    found = list_workers(root)
+    if not found:
+        raise ConfigError("there is no step log of this configuration's spec", root, "name the run's folder with --set run.dir=...")
+    workers = [worker] if worker is not None else found
+    if unknown := set(workers) - set(found):
+        raise ConfigError(f"unknown worker {sorted(unknown)[0]!r}, this log has {found}", "--worker")
+    console = Console()
+    if commit is not None:
+        if len(workers) > 1:
+            raise ConfigError(f"this log has the workers {workers}", "--commit", "name one with --worker")
+        console.print(_rows(read_commit(root, workers[0], commit), f"commit {commit} of {workers[0]}", limit))
+    elif as_of:
+        at = parse_as_of(as_of, workers)
+        steps = read_steps(root, as_of=at)
+        console.print(_rows(steps, "steps as of " + " ".join(f"{w}@{n}" for w, n in sorted(at.items())), limit))
+        console.print(_counts(steps), highlight=False)
+    else:
+        console.print(_commits(root, workers, limit))
+
+
+def log_root(config: Config) -> str:
+    """Folder of the step log of this deployment's spec."""
+    return str(config.run.path / "log" / config.spec.build().digest)
+
+
+def read_commit(root: str, worker: str, commit: int) -> pa.Table:
+    """Rows of one commit.
+
+    Raises:
+        ConfigError: the worker has no such commit.
+    """
+    for number, rows in read_commits(root, worker, after=commit - 1):
+        if number == commit:
+            return rows
+        break
+    raise ConfigError(f"{worker} has no commit {commit}", root, "list the commits without --commit")
+
+
+def parse_as_of(texts: tuple[str, ...], workers: list[str]) -> dict[str, int]:
+    """`N` for all workers, or `worker=N` for one; a worker that is not named is read to nothing.
+
+    Raises:
+        ConfigError: not of this form, or an unknown worker.
+    """
+    at: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not number.isdecimal():
+            raise ConfigError(f"{text!r} is not of the form N or worker=N", "--as-of")
+        if name and name not in workers:
+            raise ConfigError(f"unknown worker {name!r}, expected one of {workers}", "--as-of")
+        at |= dict.fromkeys([name] if name else workers, int(number))
+    return at
+
+
+def _commits(root: str, workers: list[str], limit: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=root, title_justify="left", title_style="bright_black")
+    for name in ("worker", "commit", "committed (UTC)"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("rows", justify="right")
+    table.add_column("next offsets, topic/partition", overflow="fold")
+    for worker in workers:
+        for info in commit_history(root, worker)[-limit:]:
+            table.add_row(worker, str(info.n), _time(info.committed_ms), f"{info.rows:,}", _offsets(info.positions))
+    return table
+
+
+def _rows(rows: pa.Table, title: str, limit: int) -> Table:
+    shown = rows.slice(max(0, len(rows) - limit))
+    names = [name for name in COLUMNS if name in rows.column_names]
+    heading = f"{title}: {len(rows):,} rows, {len(shown):,} shown"
+    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bright_black")
+    for name in names:
+        table.add_column(name.removesuffix("_ms"), overflow="fold")
+    for row in shown.select(names).to_pylist():
+        table.add_row(*(_time(v) if name.endswith("_ms") else "" if v is None else str(v) for name, v in row.items()))
+    return table
+
+
+def _counts(steps: pa.Table) -> str:
+    ended = {entry["values"]: entry["counts"] for entry in pc.value_counts(steps["ended"]).to_pylist()}
+    sessions = pc.count_distinct(steps["session_id"]).as_py()
+    return f"{len(steps):,} steps in {sessions:,} sessions: " + ", ".join(f"{n:,} {what}" for what, n in sorted(ended.items()))
+
+
+def _offsets(positions: Mapping[str, int]) -> str:
+    return " ".join(f"{partition}@{offset}" for partition, offset in sorted(positions.items()))
+
+
+def _time(epoch_ms: int) -> str:
+    return datetime.fromtimestamp(epoch_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
