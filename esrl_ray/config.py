@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -348,14 +348,23 @@ ENVIRONMENT = {"ESRL_KAFKA_PASSWORD": "kafka.sasl_password", "ESRL_BEARER_TOKEN"
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every legal key; those of list items without their index."""
     keys = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            keys += _keys(inner, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
+        keys.append(prefix + name)
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, Section):
+                keys += _keys(inner, f"{prefix}{name}.")
     return keys
+
+
+def _nearest(key: str, legal: Sequence[str]) -> str:
+    """The legal key that looks most alike, by its whole path or else by its last part."""
+    by_name = {k.rsplit(".", 1)[-1]: k for k in reversed(legal)}
+    if near := difflib.get_close_matches(key, legal, 1):
+        return near[0]
+    alike = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_name), 1)
+    return by_name[alike[0]] if alike else "none"
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -396,7 +405,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, envir
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"override {text!r} is not of the form section.key=value", "--set")
-        _set(tree, key.strip(), yaml.safe_load(value))
+        try:
+            _set(tree, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {key.strip()} is not valid YAML: {value!r}", "--set") from error
         where += f" + --set {key.strip()}"
     for name, key in ENVIRONMENT.items():
         if environment and (secret := environment.get(name)):
@@ -404,13 +416,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, envir
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        legal = [*_keys(Config), *Config.model_fields]
+        legal = _keys(Config)
         lines = []
         for problem in error.errors(include_url=False, include_input=False):
             key = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, legal, 1) or difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in legal], 1)
-                lines.append(f"unknown key {key!r}; nearest legal key: {near[0] if near else 'none'}")
+                near = _nearest(".".join(part for part in problem["loc"] if isinstance(part, str)), legal)
+                lines.append(f"unknown key {key!r}; nearest legal key: {near}")
             else:
                 lines.append(f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')}")
         raise ConfigError("; ".join(lines), where) from error
