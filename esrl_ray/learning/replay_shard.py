@@ -1,0 +1,91 @@
+"""A replay shard as an actor: a `ReplayBuffer` that hands out RLlib batches and tells how far it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from ray.rllib.policy.sample_batch import MultiAgentBatch
+
+from esrl_ray.config import Config
+from esrl_ray.learning.feed import to_multi_agent_batch
+from esrl_ray.replay.buffer import ReadLog, ReplayBuffer
+from esrl_ray.telemetry import log_change
+from esrl_ray.vocabulary import Lineage, TransitionBatch, cut_lineage
+
+MAX_COMMITS = 10_000
+"""Commits whose times `stats` still tells."""
+
+_logger = logging.getLogger(__name__)
+
+
+class ReplayShard:
+    """A view of the step logs of some workers.
+
+    It is refilled from the log when it starts, so that it may be killed at any time. Delivery: (worker, commit) is applied once and in
+    order; a repeated one is ignored, a gap is read from the log.
+
+    Args:
+        config: Deployment.
+        seed: Of sampling.
+        read_log: Commits of a worker after a given one.
+        clock_ms: Epoch milliseconds.
+        workers: Names of the ingest workers that feed this shard.
+    """
+
+    def __init__(self, config: Config, seed: int, read_log: ReadLog, clock_ms: Callable[[], int], workers: Sequence[str] = ()) -> None:
+        self._buffer = ReplayBuffer(config, seed=seed, read_log=read_log)
+        self._clock_ms = clock_ms
+        self._committed_ms: dict[tuple[str, int], int] = {}
+        self._buffer.refill(list(workers))
+        log_change(_logger, "replay shard ready", {"size": self._buffer.size, "lineage": cut_lineage(self._buffer.lineage)})
+
+    def apply(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
+        """Take the rows of one commit.
+
+        Args:
+            worker: Whose step log.
+            commit: Its number.
+            rows: As `streaming.steplog.step_schema`.
+            committed_ms: Clock when the log had it.
+        """
+        self._committed_ms[worker, commit] = committed_ms
+        while len(self._committed_ms) > MAX_COMMITS:
+            del self._committed_ms[next(iter(self._committed_ms))]
+        self._buffer.apply(worker, commit, rows, inserted_ms=self._clock_ms())
+
+    def draw(self, num_rows: int) -> tuple[Lineage | None, MultiAgentBatch | None]:
+        """Sample transitions for one learner call; call it with `num_returns=2`, so that the batch need not pass through the caller.
+
+        Returns:
+            The lineage that sampling could draw from and `num_rows` transitions, or twice None when the limiter says wait.
+        """
+        batch = self.sample_batch(num_rows)
+        return (None, None) if batch is None else (dict(self._buffer.lineage), batch)
+
+    def sample_batch(self, num_rows: int) -> MultiAgentBatch | None:
+        """`num_rows` transitions as RLlib takes them; columns are named as in `TransitionBatch`."""
+        sampled = self._buffer.sample(num_rows)
+        return None if sampled is None else to_multi_agent_batch(sampled)
+
+    def recent_lists(self, num_steps: int) -> TransitionBatch | None:
+        """The newest steps, without the limiter: for the normaliser and the gate's probes."""
+        return self._buffer.recent_lists(num_steps)
+
+    def stats(self) -> dict[str, Any]:
+        """Lineage, sizes, counts, and as `inserted_ms` the newest (worker, commit, committed_ms, inserted_ms).
+
+        committed_ms is -1 for a commit that was read from the log.
+        """
+        buffer = self._buffer
+        newest = list(buffer.inserted_ms.items())[-MAX_COMMITS:]
+        return {
+            "lineage": dict(buffer.lineage),
+            "size": buffer.size,
+            "num_inserted": buffer.num_inserted,
+            "num_samplable": buffer.num_samplable,
+            "num_sampled": buffer.num_sampled,
+            "inserted_ms": [(worker, commit, self._committed_ms.get((worker, commit), -1), at) for (worker, commit), at in newest],
+        }
