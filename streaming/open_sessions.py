@@ -252,13 +252,12 @@ class OpenSessions:
                 self._wait(event)
             return
         step, session = self._steps[event.decision_id]
-        if event.session_id != step.session_id:
-            bucket = Bucket.UNMATCHED
-        elif self._is_past_amending(step):
+        if self._is_past_amending(step):
             bucket = Bucket.LATE
+        elif event.session_id != step.session_id or not self._change(step, session, event):
+            bucket = Bucket.UNMATCHED
         else:
-            bucket = Bucket.JOINED if self._change(step, session, event) else Bucket.UNMATCHED
-        if bucket is not Bucket.UNMATCHED:
+            bucket = Bucket.JOINED
             self._touch(session, event.event_time_ms)
         if bucket is Bucket.JOINED and not step.closed:
             step.num_feedback += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ CONFIG = configure()
 SPEC = CONFIG.spec.build()
 
 
+@lru_cache
 def decision(name: str, at_s: float, *, session: str = "s", positions: tuple[int, ...] = (0, 1, -1)) -> DecodedDecision:
     g = len(positions)
     seed = np.random.default_rng(sum(name.encode()))
