@@ -8,6 +8,7 @@ EsrlError
 ├── BrokerError            the embedded broker or a named one does not work
 ├── Fenced                 another incarnation owns this step log: stop
 ├── LogError               the step log or its state file is damaged or does not fit
+├── RequestError           a fuse request is malformed or does not fit the deployment (422)
 ├── PolicyRejected         the gate or the store refused an artefact; `current` did not move
 ├── InputDataError         a column of a data file is missing or has the wrong type
 └── LoopError              a part of the running loop ended and cannot come back
@@ -60,6 +61,10 @@ class Fenced(EsrlError):
 
 class LogError(EsrlError):
     """The step log or a state file is damaged or does not fit."""
+
+
+class RequestError(EsrlError):
+    """A fuse request is malformed or does not fit the deployment; `where` names the field."""
 
 
 class PolicyRejected(EsrlError):

@@ -51,6 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     config_digest: str = ""
     created_ms: int = 0
     learnt_ms: int = 0  # clock of the last gradient step before it was made
+    published_ms: int = 0  # clock when the store accepted it
     verdict: str = ""  # what the gate said
     note: str = ""  # why it exists, when not from training
 
