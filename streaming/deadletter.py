@@ -1,0 +1,128 @@
+"""Records that are no valid events: kept as they came in `<topic>.dlq`, acknowledged before the commit that skips them.
+
+Delivery: at least once. A worker that dies between `flush` and its commit sends them again with the same key `topic/partition/offset`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+
+from esrl_ray.config import KafkaConfig
+from esrl_ray.errors import BrokerError, StreamError
+from streaming.broker import DEAD_LETTER_SUFFIX
+from streaming.client import abandon, connect
+from streaming.source import Record
+from streaming.wire import MAX_EVENT_BYTES
+
+_logger = logging.getLogger(__name__)
+
+WINDOW = 1_000  # records over which the share is taken
+MIN_REFUSED = 20  # fewer in a window never stop the worker: a quiet topic's first record may be a bad one
+FLUSH_TIMEOUT_S, RETRY_S = 300.0, 1.0
+MAX_REASON_BYTES = 1_000
+
+
+class DeadLetters:
+    """Refused records on their way to the dead-letter topics; connects at the first one.
+
+    Args:
+        config: Broker, topics, `max_dead_letter_share`.
+        flush_timeout_s: How long `flush` tries.
+        clock_s: Monotonic clock.
+    """
+
+    def __init__(
+        self, config: KafkaConfig, *, flush_timeout_s: float = FLUSH_TIMEOUT_S, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config, self._flush_timeout_s, self._clock_s = config, flush_timeout_s, clock_s
+        self._producer: KafkaProducer | None = None
+        self._waiting: list[dict[str, Any]] = []
+        self._window: deque[bool] = deque(maxlen=WINDOW)
+        self.sent = 0  # acknowledged
+
+    def passed(self, num_records: int) -> None:
+        """Count records that were fine; the share of refused ones is taken over the last 1,000 records."""
+        self._window.extend([False] * min(num_records, WINDOW))
+
+    def send(self, record: Record, reason: str) -> None:
+        """Take one refused record; it is in Kafka after `flush`.
+
+        Raises:
+            StreamError: more than `kafka.max_dead_letter_share` of 1,000 records were refused: a schema mistake must not drain a topic.
+        """
+        where = f"{record.topic}/{record.partition}/{record.offset}"
+        headers = [
+            ("error", reason.encode()[:MAX_REASON_BYTES]),
+            ("topic", record.topic.encode()),
+            ("partition", str(record.partition).encode()),
+            ("offset", str(record.offset).encode()),
+            ("content-type", record.content_type),
+        ]
+        self._waiting.append({"topic": record.topic + DEAD_LETTER_SUFFIX, "key": where.encode(), "value": record.value, "headers": headers})
+        self._window.append(True)
+        refused = sum(self._window)
+        if refused > max(MIN_REFUSED, self._config.max_dead_letter_share * WINDOW):
+            raise StreamError(
+                f"{refused} of the last {len(self._window)} records were refused, more than kafka.max_dead_letter_share "
+                f"{self._config.max_dead_letter_share} of {WINDOW}; the last one: {reason}",
+                f"{record.topic}[{record.partition}]@{record.offset}",
+                "find out who writes them (wrong topic, schema_version or spec?); nothing was committed past them",
+            )
+
+    def flush(self) -> None:
+        """Wait until Kafka has acknowledged every record taken; call it before the commit that skips them.
+
+        Raises:
+            BrokerError: it did not within the time; do not commit.
+        """
+        deadline_s = self._clock_s() + self._flush_timeout_s
+        while self._waiting:
+            try:
+                self._send_waiting()
+            except (KafkaError, BrokerError) as error:
+                if self._producer is not None:
+                    abandon(self._producer)
+                    self._producer = None
+                if self._clock_s() >= deadline_s:
+                    raise BrokerError(
+                        f"{len(self._waiting)} dead letters were not acknowledged in {self._flush_timeout_s:.0f} s: {error}",
+                        str(self._waiting[0]["topic"]),
+                        "start the broker, and create this topic if it may not be created for you",
+                    ) from error
+                _logger.warning("dead letters wait waiting=%d reason=%s", len(self._waiting), error)
+                time.sleep(RETRY_S)
+
+    def close(self) -> None:
+        """Let go of the broker; what was not flushed is read and refused again by the next worker."""
+        if self._producer is not None:
+            abandon(self._producer)
+            self._producer = None
+
+    def _send_waiting(self) -> None:
+        if self._producer is None:
+            self._producer = connect(
+                KafkaProducer,
+                self._config,
+                bootstrap_timeout_ms=5_000,
+                max_block_ms=5_000,
+                acks="all",
+                compression_type="lz4",
+                max_request_size=2 * MAX_EVENT_BYTES,
+                request_timeout_ms=8_000,
+                delivery_timeout_ms=10_000,
+                allow_auto_create_topics=False,
+                metrics_enabled=False,
+            )
+        futures = [self._producer.send(**letter) for letter in self._waiting]
+        self._producer.flush(timeout=15.0)
+        for future in futures:
+            future.get(timeout=0.0)  # raises what went wrong
+        self.sent += len(self._waiting)
+        self._waiting.clear()

@@ -1,0 +1,228 @@
+"""Records from the assigned partitions of both topics, from given positions on. No consumer group: the position is our state, not Kafka's.
+
+Delivery: exactly the records from the stored positions on, in partition order, committed transactions only. Nothing is skipped: a gap
+(retention passed the position, a topic made anew, another number of partitions) is a `StreamError`. A broker that is down is not an
+error: `poll` returns nothing, `degraded_s` grows, and no partition counts as read to its end, or its watermark would follow the clock
+past events that producers still hold back.
+
+kafka-python 3.0.12: `poll` spins at full speed while its broker is gone, so the port is asked first. ListOffsets waits behind the fetch
+that is under way on the same connection, hence the short `fetch_max_wait_ms`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError, OffsetOutOfRangeError, RetriableError
+
+from esrl_ray.config import KafkaConfig
+from esrl_ray.errors import BrokerError, StreamError
+from streaming.broker import check_partitions
+from streaming.client import connect, reachable
+from streaming.wire import JSON
+
+_logger = logging.getLogger(__name__)
+
+ENDS_INTERVAL_S, ENDS_VALID_S, ENDS_TIMEOUT_MS = 0.5, 2.0, 1_000
+METADATA_MAX_AGE_MS = 30_000
+MAX_BACKOFF_S = 2.0
+
+
+class _NotThereError(Exception):
+    """The broker or a topic is not there; it may come."""
+
+
+class Record(NamedTuple):
+    """One raw Kafka message."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    content_type: bytes  # of the header; JSON when there is none
+
+
+class Source:
+    """Reads some partitions of both topics; connects at the first `poll`, and again whenever the broker comes back.
+
+    Args:
+        config: Broker and topics.
+        partitions: The same numbers of both topics.
+        positions: `topic/partition` -> next offset; a partition without one starts at its beginning.
+        max_poll_records: Records per poll, at most.
+        clock_s: Monotonic clock.
+    """
+
+    def __init__(
+        self,
+        config: KafkaConfig,
+        partitions: Sequence[int],
+        positions: Mapping[str, int],
+        *,
+        max_poll_records: int,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._clock_s = config, clock_s
+        self._topics = (config.decisions_topic, config.feedback_topic)
+        self._assigned = [TopicPartition(topic, p) for topic in self._topics for p in partitions]
+        self._stored = {_name(tp): positions[_name(tp)] for tp in self._assigned if _name(tp) in positions}
+        self._positions: dict[Any, int] = {}
+        self._ends: dict[Any, int] = {}
+        self._ends_s = self._asked_s = clock_s() - ENDS_VALID_S
+        self._max_poll_records = max_poll_records
+        self._consumer: Any = None
+        self._out_of_range = False
+        self._down_since_s: float | None = None
+        self._backoff_s = 0.1
+
+    @property
+    def degraded_s(self) -> float:
+        """For how long the broker has been down; 0 when it is not."""
+        return 0.0 if self._down_since_s is None else self._clock_s() - self._down_since_s
+
+    def poll(self, timeout_ms: int) -> list[Record]:
+        """Records that came, in partition order; empty after the time, and while the broker is down.
+
+        Raises:
+            StreamError: going on would lose events, the topics changed, or reading is not allowed.
+        """
+        try:
+            if self._consumer is None:
+                self._open()
+            elif self._down_since_s is not None and not reachable(self._config, timeout_s=0.5):
+                self._pause(timeout_ms)
+                return []
+            # All this before the poll: what fails here loses no records. The consumer's own positions also pass transaction markers.
+            if self._out_of_range:
+                self._check_positions(self._positions)
+                self._out_of_range = False  # they are there: a new leader was behind for a moment
+            for tp in self._assigned:
+                if (position := self._consumer.position(tp, timeout_ms=0)) is not None:
+                    self._positions[tp] = position
+            if self._down_since_s is not None or self._clock_s() - self._asked_s >= ENDS_INTERVAL_S:
+                self._refresh_ends()
+            batches = self._consumer.poll(timeout_ms=timeout_ms)
+        except OffsetOutOfRangeError:
+            self._out_of_range = True
+            return []
+        except (RetriableError, _NotThereError) as error:
+            self._go_down(error, timeout_ms)
+            return []
+        except KafkaError as error:
+            raise StreamError(
+                f"the topics cannot be read: {error}", str(self._config.bootstrap_servers), "see the reason; nothing was skipped"
+            ) from error
+        self._positions |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
+        return [_record(tp, raw) for tp, batch in batches.items() for raw in batch]
+
+    def positions(self) -> dict[str, int]:
+        """`topic/partition` -> offset of the next record that `poll` will return."""
+        return self._stored | {_name(tp): offset for tp, offset in self._positions.items()}
+
+    def at_end(self, topic: str, partition: int) -> bool:
+        """Whether everything in the partition was returned, known from within the last 2 s; never while the broker is down."""
+        tp = TopicPartition(topic, partition)
+        if self._down_since_s is not None or self._clock_s() - self._ends_s > ENDS_VALID_S or tp not in self._positions:
+            return False
+        return self._positions[tp] >= self._ends[tp]
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) -> records that wait, as of the last refresh (0.5 s)."""
+        return {(tp.topic, tp.partition): max(0, end - self._positions.get(tp, 0)) for tp, end in self._ends.items()}
+
+    def close(self) -> None:
+        """Leave the broker. Nothing is committed to Kafka."""
+        if self._consumer is not None:
+            self._consumer.close(autocommit=False, timeout_ms=1_000)
+            self._consumer = None
+
+    def _open(self) -> None:
+        if not reachable(self._config, timeout_s=0.5):
+            raise _NotThereError("the connection is refused")
+        try:
+            consumer = connect(
+                KafkaConsumer,
+                self._config,
+                bootstrap_timeout_ms=5_000,
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                isolation_level="read_committed",
+                max_poll_records=self._max_poll_records,
+                fetch_max_wait_ms=100,
+                metadata_max_age_ms=METADATA_MAX_AGE_MS,
+                allow_auto_create_topics=False,
+                metrics_enabled=False,
+            )
+        except BrokerError as error:
+            raise _NotThereError(str(error)) from error
+        self._consumer = consumer
+        try:
+            self._check_topics()
+            firsts = self._first_offsets()
+            self._positions = {tp: self._stored.setdefault(_name(tp), firsts[tp]) for tp in self._assigned}
+            self._check_positions(self._positions)
+        except BaseException:
+            self.close()
+            raise
+        consumer.assign(self._assigned)
+        for tp, position in self._positions.items():
+            consumer.seek(tp, position)
+
+    def _first_offsets(self) -> dict[Any, int]:
+        firsts: dict[Any, int] = self._consumer.beginning_offsets(self._assigned, timeout_ms=5_000)
+        return firsts
+
+    def _check_topics(self) -> None:
+        for topic in self._topics:
+            if not (found := self._consumer.partitions_for_topic(topic)):
+                raise _NotThereError(f"topic {topic} does not exist (yet)")
+            check_partitions(self._config, topic, len(found))
+
+    def _check_positions(self, positions: Mapping[Any, int]) -> None:
+        """Every position must lie between the first and the end offset of its partition."""
+        firsts, ends = self._first_offsets(), self._consumer.end_offsets(self._assigned, timeout_ms=5_000)
+        for tp, position in positions.items():
+            if not firsts[tp] <= position <= ends[tp]:
+                what = "retention deleted records that were not read" if position < firsts[tp] else "the topic was made anew or cut"
+                raise StreamError(
+                    f"the stored position {position} is outside of what the broker has, {firsts[tp]} to {ends[tp]}: {what}",
+                    f"{tp.topic}[{tp.partition}]@{position}",
+                    "raise the topic's retention above the longest pause; to go on with a gap, start with a new run.dir",
+                )
+
+    def _refresh_ends(self) -> None:
+        self._asked_s = self._clock_s()
+        self._ends = self._consumer.end_offsets(self._assigned, timeout_ms=ENDS_TIMEOUT_MS)
+        self._ends_s = self._clock_s()
+        self._check_topics()
+        if self._down_since_s is not None:
+            _logger.info("kafka up for reading down_s=%.1f", self.degraded_s)
+        self._down_since_s, self._backoff_s = None, 0.1
+
+    def _go_down(self, reason: object, timeout_ms: int) -> None:
+        if self._down_since_s is None:
+            self._down_since_s = self._clock_s()
+            _logger.warning("kafka down for reading reason=%s", reason)
+        self._pause(timeout_ms)
+
+    def _pause(self, timeout_ms: int) -> None:
+        time.sleep(min(timeout_ms / 1000, self._backoff_s))
+        self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+
+
+def _name(tp: Any) -> str:
+    return f"{tp.topic}/{tp.partition}"
+
+
+def _record(tp: Any, raw: Any) -> Record:
+    content_type = JSON
+    for name, value in raw.headers:
+        if name == "content-type" and value is not None:
+            content_type = value
+    return Record(tp.topic, tp.partition, raw.offset, raw.timestamp, raw.key, raw.value, content_type)
