@@ -45,7 +45,7 @@ def render_page(report: Report) -> str:
     """
     details = report.details or Details()
     parts = [
-        _head(details),
+        _head(report, details),
         _tiles(report),
         _promises(report),
         _learning(report, details),
@@ -60,8 +60,8 @@ def render_page(report: Report) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{meta}\n{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _head(details: Details) -> str:
-    facts = [f"{details.seconds:.0f} s", details.started, f"configuration {details.config_digest[:12]}" if details.config_digest else ""]
+def _head(report: Report, details: Details) -> str:
+    facts = [f"{report.seconds:.0f} s", details.started, f"configuration {details.config_digest[:12]}" if details.config_digest else ""]
     notes = "".join(f"<p>{escape(note)}</p>" for note in details.notes)
     return f'<h1>{escape(details.title)}</h1>\n<p class="muted">{escape(" · ".join(f for f in facts if f))}</p>{notes}'
 
@@ -103,12 +103,14 @@ def _learning(report: Report, details: Details) -> str:
         caption = "Frozen policies on the same sessions, by when they were published. The band is the 95 % interval of the mean."
         out.append(_figure(plots.frozen_plot(details.frozen, report.frozen.control), "frozen", caption))
     if report.kuairand is not None:
-        out.append("<p>Ranking quality on real sessions, user x tab GAUC. This checks the plumbing; it is no claim about learning.</p>")
-        rows = [
-            (escape(g.policy), interval_text(Interval(g.gauc, g.ci_low, g.ci_high, g.units), form=".4f"), f"{g.units:,}")
-            for g in report.kuairand
-        ]
-        out.append(_table(("policy", "GAUC, 95 % interval", "units"), rows))
+        out.append(
+            "<p>Ranking quality on real sessions that no policy was trained on: it checks the plumbing and is no claim about learning.</p>"
+        )
+        for grouping, gaucs in report.kuairand.items():
+            rows = [
+                (escape(g.policy), interval_text(Interval(g.gauc, g.ci_low, g.ci_high, g.units), form=".4f"), f"{g.units:,}") for g in gaucs
+            ]
+            out.append(_table((f"GAUC by {escape(grouping.replace('_', ' '))}", "mean, 95 % interval", "units"), rows))
     if details.arms:
         caption = (
             "What live users brought, by arm. Explore is the anchor with noise, exploit the newest policy, control the hand-made one. "
@@ -161,8 +163,8 @@ def _delays(report: Report, details: Details) -> str:
                 plots.waterfall_plot(details.waterfall),
                 "waterfall",
                 (
-                    "Median time in each stage (bar) and its 99th percentile (line). A step is drawable when what follows it is known: its next "
-                    "list has been closed and inserted too, or the user has left."
+                    "Median time in each stage (bar) and its 99th percentile (line). A step is drawable when what follows it is known: its "
+                    "next list has been closed and inserted too, or the user has left."
                 ),
             )
         )

@@ -129,7 +129,7 @@ class Frozen(msgspec.Struct, frozen=True):
 
 
 class Gauc(msgspec.Struct, frozen=True):
-    """User x tab GAUC of one policy on real input: a regression test, no claim."""
+    """GAUC of one policy on real input, or its difference to control's: a regression test, no claim."""
 
     policy: str
     gauc: float | None
@@ -218,7 +218,6 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
     title: str = "Simulated input"
     started: str = ""  # date and time, UTC
-    seconds: float = 0.0
     config_digest: str = ""
     settings: dict[str, object] = {}  # effective configuration without secrets
     packages: dict[str, str] = {}
@@ -254,7 +253,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     frozen: Frozen | None  # None with real input
     peak_rss_bytes: int
     seconds_to_first_decision: float
-    kuairand: tuple[Gauc, ...] | None = None  # only with real input
+    version_regressions: int  # replies with an older version than one before from the same replica
+    seconds: float  # from the first served decision to the end of the traffic
+    kuairand: dict[str, tuple[Gauc, ...]] | None = None  # only with real input: {grouping: one per policy}
     details: Details | None = None
 
     def json_line(self) -> str:
@@ -289,8 +290,9 @@ def promises(report: Report) -> tuple[Promise, ...]:
             report.ledger.closes,
         ),
         Promise("The log holds each closed step once", f"{steps.closed:,} closed, {steps.logged:,} logged", steps.closed == steps.logged),
+        Promise("Versions never go down at a replica", f"{report.version_regressions:,} times", report.version_regressions == 0),
     ]
-    long_enough = report.details is not None and report.details.seconds >= LONG_RUN_S
+    long_enough = report.seconds >= LONG_RUN_S
     if long_enough:
         made.append(Promise("At least 10 policy versions served", f"{report.versions_served}", report.versions_served >= 10))
     if long_enough and report.frozen is not None:

@@ -41,7 +41,7 @@ from esrl_ray.vocabulary import Bucket
 KEYS = [
     *("requests", "requests_failed", "latency_ms", "decisions", "feedback", "ledger", "steps", "replay_size", "learner"),
     *("policies_published", "versions_served", "swap_ms", "label_delay_s", "loop_delay_s", "reward_per_session", "frozen"),
-    *("peak_rss_bytes", "seconds_to_first_decision"),
+    *("peak_rss_bytes", "seconds_to_first_decision", "version_regressions", "seconds"),
 ]
 SCORES = ("click", "valid", "watch", "like", "comment")
 
@@ -78,7 +78,6 @@ def sample_details() -> Details:
     return Details(
         title="Simulated input",
         started="2026-03-01 12:00 UTC",
-        seconds=300.0,
         config_digest="9f2c4e1ab07d",
         settings={"learner": {"gamma": 0.9}},
         packages={"Python": "3.12.1", "Ray": "2.60.0", "torch": "2.13.0", "Kafka": "4.2.1"},
@@ -128,7 +127,9 @@ def sample_report(details: Details | None = None) -> Report:
         frozen=Frozen(17.21, 22.43, around(5.22, 0.61, 2000)),
         peak_rss_bytes=3_400_000_000,
         seconds_to_first_decision=31.2,
-        details=details or Details(seconds=300.0),
+        version_regressions=0,
+        seconds=300.0,
+        details=details,
     )
 
 
@@ -152,14 +153,13 @@ def test_the_json_lines_numbers_have_the_promised_shape() -> None:
 
 
 def test_with_real_input_frozen_is_null_and_the_gauc_table_stands_beside_it() -> None:
-    report = msgspec.structs.replace(
-        sample_report(), frozen=None, kuairand=(Gauc("control", 0.611, 0.60, 0.62, 3354), Gauc("final", 0.633, 0.62, 0.64, 3354))
-    )
+    table = {"user_tab": (Gauc("control", 0.611, 0.60, 0.62, 3354), Gauc("final", 0.633, 0.62, 0.64, 3354))}
+    report = msgspec.structs.replace(sample_report(), frozen=None, kuairand=table)
     numbers = json.loads(report.json_line())
     assert numbers["frozen"] is None
-    assert [row["policy"] for row in numbers["kuairand"]] == ["control", "final"]
+    assert [row["policy"] for row in numbers["kuairand"]["user_tab"]] == ["control", "final"]
     page = render_page(report)
-    assert "0.6330 [0.6200, 0.6400]" in page and "no claim" in page
+    assert "0.6330 [0.6200, 0.6400]" in page and "GAUC by user tab" in page and "no claim" in page
 
 
 def test_never_served_is_null_with_its_count() -> None:
@@ -196,23 +196,24 @@ def test_a_report_survives_its_file_and_numpy_numbers(tmp_path: Path) -> None:
 
 def test_broken_promises_are_named(tmp_path: Path) -> None:
     report = sample_report()
-    assert all(p.kept for p in promises(report)) and len(promises(report)) == 6
+    assert all(p.kept for p in promises(report)) and len(promises(report)) == 7
     broken = msgspec.structs.replace(
         report,
         requests_failed=2,
         versions_served=9,
+        version_regressions=1,
         steps=StepCounts(10, 9, 9),
         ledger=Ledger.of({}, {"decisions": 1}),
         loop_delay_s=Delay(1.0, None, 3, 10),
         frozen=Frozen(17.0, 17.5, around(0.5, 0.6, 2000)),
     )
-    assert [p.kept for p in promises(broken)] == [False] * 6
+    assert [p.kept for p in promises(broken)] == [False] * 7
     assert [p.text for p in promises(broken) if p.timed] == ["Loop delay, 99th percentile at most 15 s"]
     assert "✗ broken" in render_page(broken) and "do not sum" in render_page(broken)
 
 
 def test_a_short_run_promises_neither_versions_nor_learning() -> None:
-    report = msgspec.structs.replace(sample_report(), details=Details(seconds=90.0))
+    report = msgspec.structs.replace(sample_report(), seconds=90.0)
     assert not any("versions" in p.text or "beats" in p.text for p in promises(report))
 
 
