@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from streaming.steplog import commit_history, list_workers, read_commits, read_steps
 
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
+from streaming.steplog import commit_history, list_workers, read_commits, read_steps
 
 COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version", "event_time_ms", "ended", "next_id")
 
@@ -98,10 +98,12 @@ def _commits(root: str, workers: list[str], limit: int) -> Table:
     for name in ("worker", "commit", "committed (UTC)"):
         table.add_column(name, no_wrap=True)
     table.add_column("rows", justify="right")
-    table.add_column("next offsets, topic/partition", overflow="fold")
+    table.add_column("incarnation", overflow="fold")
+    table.add_column("next offsets, of the newest commits", overflow="fold")
     for worker in workers:
         for info in commit_history(root, worker)[-limit:]:
-            table.add_row(worker, str(info.n), _time(info.committed_ms), f"{info.rows:,}", _offsets(info.positions))
+            offsets = "-" if info.positions is None else _offsets(info.positions)
+            table.add_row(worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.incarnation, offsets)
     return table
 
 
@@ -124,7 +126,7 @@ def _counts(steps: pa.Table) -> str:
 
 
 def _offsets(positions: Mapping[str, int]) -> str:
-    return " ".join(f"{partition}@{offset}" for partition, offset in sorted(positions.items()))
+    return " ".join(f"{where}@{offset}" for where, offset in sorted(positions.items()))
 
 
 def _time(epoch_ms: int) -> str:
