@@ -30,7 +30,7 @@ def weights_by_version(
         start_ms: Time zero of the series.
         arm: Whose pairs; `exploit` acts without noise.
     """
-    mine = steps.filter(pc.equal(steps["arm"], arm.value))
+    mine = steps.select(("policy_version", "shown", "actions")).filter(pc.equal(steps["arm"], arm.value))
     pair_version = np.repeat(mine["policy_version"].to_numpy(), _num_pairs(mine))[_shown(mine)]
     powers, biases = _weights(mine, spec)
     points = []
@@ -64,7 +64,8 @@ def weights_by_segment(
     Returns:
         Three segments per feature, low to high. A feature whose thirds coincide (constant, or a flag) is left out.
     """
-    mine = steps.filter(pc.and_(pc.equal(steps["arm"], arm.value), pc.greater_equal(steps["policy_version"], min_version)))
+    wanted = pc.and_(pc.equal(steps["arm"], arm.value), pc.greater_equal(steps["policy_version"], min_version))
+    mine = steps.select(("shown", "states", "actions")).filter(wanted)
     states = _pairs(mine, "states", spec.num_features)
     powers, biases = _weights(mine, spec)
     names = (*spec.user_features, *spec.item_features)
