@@ -1,0 +1,258 @@
+"""The replay buffer D: a view of the step logs, as columns in a ring.
+
+Delivery: (worker, commit) is applied once and in order. What was applied is ignored, a gap is read from the log, so that a call that was
+lost or repeated changes nothing. Within that, a step's row is known by its id and revision: a voided commit that comes again under
+another number inserts nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from esrl_ray.config import Config
+from esrl_ray.replay.limiter import Limiter
+from esrl_ray.replay.sampler import Sampler
+from esrl_ray.replay.storage import Storage
+from esrl_ray.vocabulary import Ended, Floats, TransitionBatch
+
+ReadLog = Callable[[str, int], Iterable[tuple[int, pa.Table]]]
+"""(worker, after this commit) -> commits in order."""
+
+_NO_SLOT = -1
+
+
+class ReplayBuffer:
+    """Storage + sampler + limiter.
+
+    A step can be sampled when what follows it is known: the user left, or its next list is here too. A truncated step has
+    nothing to bootstrap from and is sampled only with `replay.sample_truncated`.
+
+    Args:
+        config: Spec, sizes, limits.
+        seed: Of sampling.
+        read_log: Reads commits that did not arrive.
+    """
+
+    def __init__(self, config: Config, *, seed: int, read_log: ReadLog) -> None:
+        replay, learner = config.replay, config.learner
+        self._spec, self._capacity, self._read_log = config.spec.build(), replay.capacity, read_log
+        self._sample_truncated = replay.sample_truncated
+        self._storage = Storage(self._spec, num_groups=config.reward.num_groups, capacity=replay.capacity, max_pairs=config.max_pairs)
+        self._sampler = Sampler(replay.capacity, seed=seed)
+        self._limiter = Limiter(
+            samples_per_insert=replay.samples_per_insert,
+            min_size=replay.min_size,
+            capacity=replay.capacity,
+            batch=learner.batch_size * learner.updates_per_call,
+        )
+        self._ids: list[str | None] = [None] * replay.capacity
+        self._next_ids: list[str | None] = [None] * replay.capacity
+        self._terminated = np.zeros(replay.capacity, np.float32)
+        self._revisions = np.full(replay.capacity, -1, np.int32)
+        self._next = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the next list, while both are here
+        self._previous = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the step that has this one as its next list
+        self._slots: dict[str, int] = {}
+        self._waiting: dict[str, int] = {}  # next step's id -> slot of the step that waits for it
+        self._head = 0
+        self.lineage: dict[str, int] = {}
+        self.inserted_ms: dict[tuple[str, int], int] = {}
+        self.num_inserted = self.num_sampled = self.num_ignored_amendments = 0
+
+    @property
+    def size(self) -> int:
+        """Steps in the buffer."""
+        return len(self._slots)
+
+    @property
+    def num_samplable(self) -> int:
+        """Steps that can be sampled."""
+        return len(self._sampler)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the columns."""
+        own = (self._revisions, self._terminated, self._next, self._previous)
+        return self._storage.num_bytes + self._sampler.num_bytes + sum(column.nbytes for column in own)
+
+    def apply(self, worker: str, commit: int, rows: pa.Table, *, inserted_ms: int) -> None:
+        """Take one commit.
+
+        Args:
+            worker: Whose step log.
+            commit: Its number.
+            rows: Of the step log's schema.
+            inserted_ms: Clock, epoch milliseconds.
+        """
+        have = self.lineage.get(worker, -1)
+        if commit <= have:
+            return
+        if commit > have + 1:
+            self._catch_up(worker, until=commit - 1, inserted_ms=inserted_ms)
+        self._limiter.insert(self._insert(rows))
+        self._mark(worker, commit, inserted_ms)
+
+    def catch_up(self, workers: Sequence[str], *, inserted_ms: int) -> None:
+        """Read what the logs hold beyond what was applied; new steps grant budget as if they had arrived."""
+        for worker in workers:
+            self._catch_up(worker, until=None, inserted_ms=inserted_ms)
+
+    def _catch_up(self, worker: str, *, until: int | None, inserted_ms: int) -> None:
+        for commit, rows in self._read_log(worker, self.lineage.get(worker, -1)):
+            if until is not None and commit > until:
+                break
+            self._limiter.insert(self._insert(rows))
+            self._mark(worker, commit, inserted_ms)
+
+    def refill(self, workers: Sequence[str], *, inserted_ms: int = 0) -> None:
+        """Build the view again from the logs, after a restart; grants no sampling budget."""
+        for worker in workers:
+            for commit, rows in self._read_log(worker, self.lineage.get(worker, -1)):
+                self._insert(rows)
+                self._mark(worker, commit, inserted_ms)
+
+    def _mark(self, worker: str, commit: int, inserted_ms: int) -> None:
+        self.lineage[worker] = commit
+        self.inserted_ms[worker, commit] = inserted_ms
+
+    def _insert(self, rows: pa.Table) -> int:
+        """Insert new steps and amend known ones; returns how many were new."""
+        if not len(rows):
+            return 0
+        ids = rows["step_id"].to_pylist()
+        revisions = rows["revision"].to_numpy()
+        next_ids, ended = rows["next_id"].to_pylist(), rows["ended"].to_pylist()
+        whole = rows["item_ids"].is_valid().to_numpy()
+        new = [int(i) for i in np.flatnonzero(whole) if ids[i] not in self._slots]
+        for start in range(0, len(new), self._capacity):
+            chunk = new[start : start + self._capacity]
+            slots = np.array([self._claim(ids[i]) for i in chunk], np.int64)
+            self._storage.write(slots, rows.take(pa.array(chunk)))
+            for i, slot in zip(chunk, slots, strict=True):
+                self._revisions[slot] = revisions[i]
+                self._follow(int(slot), next_ids[i], Ended(ended[i]))
+        self.num_inserted += len(new)
+        newest: dict[int, int] = {}  # slot -> row of its highest revision among the amendments
+        for i in np.flatnonzero(~whole).tolist():
+            slot = self._slots.get(ids[i], _NO_SLOT)
+            if slot == _NO_SLOT or revisions[i] <= self._revisions[slot]:
+                self.num_ignored_amendments += 1
+                continue
+            self._revisions[slot] = revisions[i]
+            newest[int(slot)] = int(i)
+        if newest:
+            chosen = list(newest.values())
+            self._storage.amend(np.fromiter(newest, np.int64), rows.take(pa.array(chosen)))
+            for slot, i in newest.items():
+                self._follow(slot, next_ids[i], Ended(ended[i]))
+        return len(new)
+
+    def _claim(self, step_id: str) -> int:
+        """The next slot of the ring; whoever is there goes, and its links with it."""
+        slot, self._head = self._head, (self._head + 1) % self._capacity
+        if (old := self._ids[slot]) is not None:
+            del self._slots[old]
+            self._sampler.remove(slot)
+            self._unlink(slot)
+            if (before := self._previous[slot]) != _NO_SLOT:  # it has lost its next list for good
+                self._sampler.remove(int(before))
+                self._next[before] = self._previous[slot] = _NO_SLOT
+        self._ids[slot] = step_id
+        self._slots[step_id] = slot
+        if (waiting := self._waiting.pop(step_id, None)) is not None:
+            self._link(waiting, slot)
+        return slot
+
+    def _link(self, slot: int, following: int) -> None:
+        self._next[slot], self._previous[following] = following, slot
+        self._sampler.add(slot)
+
+    def _unlink(self, slot: int) -> None:
+        """Forget what follows a step."""
+        if (following := self._next[slot]) != _NO_SLOT:
+            self._previous[following] = self._next[slot] = _NO_SLOT
+        wanted = self._next_ids[slot]
+        if wanted is not None and self._waiting.get(wanted) == slot:
+            del self._waiting[wanted]
+        self._next_ids[slot] = None
+
+    def _follow(self, slot: int, next_id: str | None, ended: Ended) -> None:
+        """Set what follows a step, and whether it can be sampled."""
+        self._unlink(slot)
+        self._next_ids[slot], self._terminated[slot] = next_id, ended is Ended.TERMINATED
+        if ended is Ended.HAS_NEXT and next_id is not None:
+            following = self._slots.get(next_id)
+            if following is not None:
+                self._link(slot, following)
+                return
+            self._waiting[next_id] = slot
+        if ended is Ended.TERMINATED or (ended is Ended.TRUNCATED and self._sample_truncated):
+            self._sampler.add(slot)
+        else:
+            self._sampler.remove(slot)
+
+    def sample(self, num_steps: int) -> TransitionBatch | None:
+        """Draw transitions uniformly, with replacement.
+
+        Args:
+            num_steps: B.
+
+        Returns:
+            B transitions, or None while there is too little to sample or the limiter says wait.
+        """
+        if not self._limiter.take(num_steps, samplable=self.num_samplable):
+            return None
+        self.num_sampled += num_steps
+        return self._transitions(self._sampler.draw(num_steps))
+
+    def recent_lists(self, num_steps: int) -> TransitionBatch | None:
+        """The newest steps as they are, without the limiter: for the normaliser and the gate's probes. None when there is none."""
+        count = min(num_steps, self.size)
+        return self._transitions((self._head - 1 - np.arange(count)) % self._capacity) if count else None
+
+    def chain(self, step_id: str, num_steps: int) -> list[str]:
+        """Ids of a step and of those that follow it in its session, `num_steps` at most, as far as they are here."""
+        ids: list[str] = []
+        slot = self._slots.get(step_id, _NO_SLOT)
+        while slot != _NO_SLOT and len(ids) < num_steps:
+            ids.append(self._ids[slot] or "")
+            slot = int(self._next[slot])
+        return ids
+
+    def samplable_ids(self) -> set[str]:
+        """Ids of all steps that can be sampled."""
+        return {step_id for slot in self._sampler.members() if (step_id := self._ids[slot]) is not None}
+
+    def step(self, step_id: str) -> dict[str, Floats]:
+        """Columns of one step, (G, ...) each.
+
+        Raises:
+            KeyError: it is not here.
+        """
+        return {name: column[0] for name, column in self._storage.take(np.array([self._slots[step_id]])).items()}
+
+    def _transitions(self, slots: npt.NDArray[np.int64]) -> TransitionBatch:
+        now = self._storage.take(slots)
+        following = self._next[slots]
+        has_next = (following != _NO_SLOT).astype(np.float32)
+        after = self._storage.take(np.where(following == _NO_SLOT, slots, following), ("states", "categorical", "scores", "shown"))
+        after["shown"] *= has_next[:, None]  # a step without a next list borrows its own columns, shown to nobody
+        return TransitionBatch(
+            states=now["states"],
+            categorical=now["categorical"],
+            scores=now["scores"],
+            actions=now["actions"],
+            anchor_actions=now["anchor_actions"],
+            rewards=now["rewards"],
+            shown=now["shown"],
+            valid=now["valid"],
+            next_states=after["states"],
+            next_categorical=after["categorical"],
+            next_scores=after["scores"],
+            next_shown=after["shown"],
+            has_next=has_next,
+            terminated=self._terminated[slots],
+        )

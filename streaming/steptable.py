@@ -1,0 +1,113 @@
+"""Step rows as Arrow tables: the columns of the step log, and merging a step's revisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from esrl_ray.errors import LogError
+from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import StepRow
+
+_TEXTS = ("step_id", "session_id", "user_id", "arm", "ended")
+_INTS = ("revision", "index", "partition", "round", "num_candidates")
+_LONGS = ("offset", "event_time_ms", "closed_ms", "policy_version")
+_SMALL = {"shown": pa.bool_(), "behaviours": pa.float32(), "rewards": pa.float32()}
+_BULKY = {
+    "positions": pa.int32(),
+    "states": pa.float32(),
+    "categorical": pa.int32(),
+    "scores": pa.float32(),
+    "actions": pa.float32(),
+    "anchor_actions": pa.float32(),
+    "fused_scores": pa.float32(),
+}
+BULKY = ("item_ids", *_BULKY)
+"""Columns that only the first row of a step fills."""
+
+_SCHEMA = pa.schema(
+    [
+        ("commit", pa.int64()),  # first, so that every file has its smallest and largest commit among its statistics
+        *((name, pa.string()) for name in _TEXTS),
+        *((name, pa.int32()) for name in _INTS),
+        *((name, pa.int64()) for name in _LONGS),
+        ("next_id", pa.string()),
+        *((name, pa.list_(kind)) for name, kind in _SMALL.items()),
+        ("item_ids", pa.list_(pa.string())),
+        *((name, pa.list_(kind)) for name, kind in _BULKY.items()),
+    ]
+)
+
+
+def step_schema() -> pa.Schema:
+    """Columns of the step log: those of `StepRow`, arrays flattened row-major, and the number of the commit that wrote the row."""
+    return _SCHEMA
+
+
+def _lists(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.ListArray:
+    """A list column from arrays of any shape; None becomes null."""
+    flat = [a.reshape(-1) for a in arrays if a is not None]
+    lengths = np.array([0 if a is None else a.size for a in arrays], np.int32)
+    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+    values = np.concatenate(flat) if flat else np.zeros(0, kind.to_pandas_dtype())
+    mask = pa.array([a is None for a in arrays])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind), mask=mask if len(arrays) else None)
+
+
+def rows_to_table(rows: Sequence[StepRow]) -> pa.Table:
+    """Step rows as a table of `step_schema()`; `commit` is -1 until the log sets it."""
+    columns: dict[str, pa.Array] = {"commit": pa.array(np.full(len(rows), -1, np.int64))}
+    for names, kind in ((_TEXTS, pa.string()), (_INTS, pa.int32()), (_LONGS, pa.int64()), (("next_id",), pa.string())):
+        columns |= {name: pa.array([getattr(row, name) for row in rows], kind) for name in names}
+    columns |= {name: _lists([getattr(row, name) for row in rows], kind) for name, kind in (_SMALL | _BULKY).items()}
+    columns["item_ids"] = pa.array([None if row.item_ids is None else list(row.item_ids) for row in rows], pa.list_(pa.string()))
+    return pa.table([columns[field.name] for field in _SCHEMA], schema=_SCHEMA)
+
+
+def check_widths(table: pa.Table, spec: Spec) -> None:
+    """Refuse rows whose arrays have another width than the spec says: Delta itself accepts them.
+
+    Raises:
+        LogError: names the column, the step and both widths.
+    """
+    pairs = pc.list_value_length(table["shown"]).to_numpy()
+    widths = {
+        "positions": 1,
+        "item_ids": 1,
+        "fused_scores": 1,
+        "states": spec.num_features,
+        "categorical": spec.num_categorical,
+        "scores": spec.num_scores,
+        "actions": spec.num_actions,
+        "anchor_actions": spec.num_actions,
+    }
+    for name, width in widths.items():
+        lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
+        wrong = (lengths >= 0) & (lengths != pairs * width)
+        if wrong.any():
+            i = int(np.flatnonzero(wrong)[0])
+            step = table["step_id"][i].as_py()
+            raise LogError(f"{name} of step {step} has {lengths[i]} values, expected {pairs[i]} pairs x {width}")
+
+
+def merge_steps(rows: pa.Table) -> pa.Table:
+    """One row per step: the fields of its highest revision, bulky ones from its first row, in order of event time.
+
+    Args:
+        rows: Of `step_schema()`, in the order of the log; a step without its first row is left out.
+    """
+    if not len(rows):
+        return rows
+    rows = rows.combine_chunks()
+    ids = pc.unique(rows["step_id"])
+    code = pc.index_in(rows["step_id"], ids).to_numpy()
+    order = np.lexsort((rows["revision"].to_numpy(), code))
+    starts = np.searchsorted(code[order], np.arange(len(ids)))
+    first, last = order[starts], order[np.append(starts[1:], len(order)) - 1]
+    whole = rows["item_ids"].is_valid().to_numpy()[first]
+    first, last = pa.array(first[whole]), pa.array(last[whole])
+    merged = pa.table([rows[f.name].take(first if f.name in BULKY else last) for f in _SCHEMA], schema=_SCHEMA)
+    return merged.sort_by([("event_time_ms", "ascending"), ("step_id", "ascending")])
