@@ -56,14 +56,14 @@ def _warn_without_crc32c() -> None:
 
 
 class _LastProblem(logging.Handler):
-    """Keeps what kafka-python said last at level ERROR."""
+    """Keeps what kafka-python said last at level ERROR; a reason of SASL or TLS stays, what follows is only "disconnected"."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "Bootstrap failed" not in (text := record.getMessage()):
+        if not any(word in self.text for word in ("Sasl", "SSL")) and "Bootstrap failed" not in (text := record.getMessage()):
             self.text = text
 
 

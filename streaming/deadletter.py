@@ -17,7 +17,7 @@ from kafka.errors import KafkaError
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
 from streaming.broker import DEAD_LETTER_SUFFIX
-from streaming.client import abandon, connect
+from streaming.client import abandon, connect, reachable
 from streaming.source import Record
 from streaming.wire import MAX_EVENT_BYTES
 
@@ -107,6 +107,8 @@ class DeadLetters:
 
     def _send_waiting(self) -> None:
         if self._producer is None:
+            if not reachable(self._config):
+                raise BrokerError("the connection is refused", str(self._config.bootstrap_servers))
             self._producer = connect(
                 KafkaProducer,
                 self._config,

@@ -116,10 +116,15 @@ class EventProducer:
                     self._spool_backlog()
                     self._resend()
                 else:
-                    while self._backlog and len(self._sent) < MAX_SENT and self._hand_over(self._backlog[0]):
-                        self._count([self._backlog.popleft()], -1)
+                    self._send_backlog()
         finally:
             self._end()
+
+    def _send_backlog(self) -> None:
+        handed = []
+        while self._backlog and len(self._sent) < MAX_SENT and self._hand_over(self._backlog[0]):
+            handed.append(self._backlog.popleft())
+        self._count(handed, -1)
 
     def _wait_for_work(self) -> bool:
         """Take the queue into the backlog; False when it is time to end."""

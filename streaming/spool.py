@@ -2,11 +2,12 @@
 
 `<root>/<owner>/00000001.spool` ... are segments of length-prefixed records; a segment goes when all of it is acknowledged, so a crash
 while sending repeats at most one (the join drops repeats by event id). `<root>/<owner>/lock` is held while the owner lives. What is
-appended survives a kill of the process at once, and one of the machine after `FSYNC_INTERVAL_S`.
+appended survives a kill of the process at once, and a crash of the machine once synced (with an append, at most every second).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -65,27 +66,20 @@ class Spool:
         Raises:
             OSError: the disk refused.
         """
-        taken = 0
-        for taken, record in enumerate(records):  # noqa: B007 - used after the loop
-            payload = msgspec.msgpack.encode(record)
-            if self._num_bytes + len(payload) > self._max_bytes:
-                break
-            if self._file is None or self._file.tell() >= SEGMENT_BYTES:
-                self._next_segment()
-            assert self._file is not None
-            self._num_bytes += self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
-        else:
-            taken = len(records)
-        self.sync()
-        return taken
-
-    def sync(self) -> None:
-        """Hand what was appended to the operating system, and to the disk when the interval is over."""
-        if self._file is not None:
-            self._file.flush()
-            if (now := self._clock_s()) - self._synced_s >= FSYNC_INTERVAL_S:
-                os.fsync(self._file.fileno())
-                self._synced_s = now
+        try:
+            taken = self._write(records)
+            if self._file is not None:
+                self._file.flush()
+                if (now := self._clock_s()) - self._synced_s >= FSYNC_INTERVAL_S:
+                    os.fsync(self._file.fileno())
+                    self._synced_s = now
+            return taken
+        except OSError:
+            broken, self._file = self._file, None  # its end may be half a record: what comes next goes to a new segment
+            if broken is not None:
+                with contextlib.suppress(OSError):
+                    broken.close()
+            raise
 
     def oldest(self) -> list[Outgoing]:
         """Records of the oldest segment, which gets no more of them; `drop` removes it."""
@@ -105,6 +99,17 @@ class Spool:
         if self.empty:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
+
+    def _write(self, records: Sequence[Outgoing]) -> int:
+        for taken, record in enumerate(records):
+            payload = msgspec.msgpack.encode(record)
+            if self._num_bytes + len(payload) > self._max_bytes:
+                return taken
+            if self._file is None or self._file.tell() >= SEGMENT_BYTES:
+                self._next_segment()
+            assert self._file is not None
+            self._num_bytes += self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+        return len(records)
 
     def _next_segment(self) -> None:
         self._close_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from pydantic import SecretStr
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
+from streaming import broker as broker_module
 from streaming import wire
-from streaming.broker import DEAD_LETTER_SUFFIX, EmbeddedBroker, end_offsets, ensure_topics
+from streaming.broker import DEAD_LETTER_SUFFIX, EmbeddedBroker, _pick_ports, end_offsets, ensure_topics
 from streaming.client import client_settings, connect
 from streaming.deadletter import DeadLetters
 from streaming.producer import EventProducer
@@ -41,10 +44,26 @@ def _feedback(number: int, session: str = "s") -> wire.Feedback:
 
 
 def _decision() -> wire.Decision:
-    arrays = dict.fromkeys(("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores"), b"\0\0\0\0")
-    ids = {"decision_id": "d", "request_id": "r", "session_id": "s0", "user_id": "u", "spec_digest": "x", "arm": "control"}
     return wire.Decision(
-        schema_version=1, event_time_ms=1, policy_version=1, round=0, num_candidates=1, item_ids=["i"], positions=[0], **ids, **arrays
+        schema_version=1,
+        decision_id="d",
+        request_id="r",
+        session_id="s0",
+        user_id="u",
+        event_time_ms=1,
+        policy_version=1,
+        round=0,
+        arm="control",
+        spec_digest="x",
+        num_candidates=1,
+        item_ids=["i"],
+        positions=[0],
+        states=bytes(8),
+        categorical=b"",
+        scores=bytes(4),
+        actions=bytes(8),
+        anchor_actions=bytes(8),
+        fused_scores=bytes(4),
     )
 
 
@@ -72,6 +91,51 @@ def own_broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
     """A broker that the test may kill."""
     with EmbeddedBroker(say=print).start(tmp_path / "own-broker") as embedded:
         yield embedded
+
+
+SASL = {
+    "{port},CONTROLLER://": "{port},EXT://{host}:SASL_PORT,CONTROLLER://",
+    "advertised.listeners=PLAINTEXT://{host}:{port}": "advertised.listeners=PLAINTEXT://{host}:{port},EXT://{host}:SASL_PORT",
+    "CONTROLLER:PLAINTEXT\n": "CONTROLLER:PLAINTEXT,EXT:SASL_PLAINTEXT\nlistener.name.ext.sasl.enabled.mechanisms=PLAIN\n"
+    'listener.name.ext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_u="right";\n',
+}
+
+
+@pytest.fixture(scope="module")
+def unlucky_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, int]]:
+    """A broker whose first choice of a port is taken before it binds it; with a listener that wants a password.
+
+    Gives the address of that listener, the broker's address, and the port that was taken.
+    """
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        taken_port, (sasl_port, spare) = taken.getsockname()[1], _pick_ports(0, 0)
+        picks = iter([(taken_port, spare)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(broker_module, "_pick_ports", lambda *wanted: next(picks, None) or _pick_ports(*wanted))
+            for old, new in SASL.items():
+                patch.setattr(broker_module, "PROPERTIES", broker_module.PROPERTIES.replace(old, new.replace("SASL_PORT", str(sasl_port))))
+            embedded = EmbeddedBroker().start(tmp_path_factory.mktemp("unlucky"))
+        with embedded:
+            yield f"127.0.0.1:{sasl_port}", embedded.bootstrap_servers, taken_port
+
+
+def test_a_wrong_password_shows_the_brokers_reason(unlucky_broker: tuple[str, str, int]) -> None:
+    sasl = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "u"}
+    right = KafkaConfig.model_validate({"bootstrap_servers": unlucky_broker[0], **sasl, "sasl_password": "right"})
+    ensure_topics(right)
+    assert set(end_offsets(right).values()) == {0}
+    wrong = right.model_copy(update={"sasl_password": SecretStr("wrong")})
+    with pytest.raises(BrokerError, match=f"(?s)Invalid username or password.*SASL_PLAINTEXT {unlucky_broker[0]}") as caught:
+        connect(KafkaProducer, wrong, bootstrap_timeout_ms=3_000)
+    assert "wrong" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_before_the_broker_binds_it_is_replaced(unlucky_broker: tuple[str, str, int]) -> None:
+    _, bootstrap_servers, taken_port = unlucky_broker
+    assert bootstrap_servers != f"127.0.0.1:{taken_port}"
+    ensure_topics(KafkaConfig(bootstrap_servers=bootstrap_servers))
 
 
 def test_both_events_come_back_as_sent_and_meet_in_one_partition(kafka_config: KafkaConfig) -> None:
@@ -294,7 +358,7 @@ def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -
     letters.flush()
     letters.close()
     assert letters.sent == 2
-    reader = connect(__import__("kafka").KafkaConsumer, kafka_config, auto_offset_reset="earliest")
+    reader = connect(KafkaConsumer, kafka_config, auto_offset_reset="earliest")
     reader.assign([TopicPartition(kafka_config.feedback_topic + DEAD_LETTER_SUFFIX, 0)])
     (found,) = reader.poll(timeout_ms=10_000).values()
     reader.close()

@@ -1,0 +1,93 @@
+"""Settings of the Kafka clients, dead-letter share, and a source without a broker."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import socket
+import time
+
+import pytest
+from pydantic import SecretStr
+
+from esrl_ray.config import KafkaConfig
+from esrl_ray.errors import BrokerError, StreamError
+from streaming import client
+from streaming.broker import _pick_ports
+from streaming.deadletter import DeadLetters
+from streaming.source import Record, Source
+from streaming.wire import JSON
+
+NOWHERE = KafkaConfig(bootstrap_servers="127.0.0.1:9")
+
+
+def _record(offset: int) -> Record:
+    return Record("feedback", 2, offset, 0, None, b"?", JSON)
+
+
+def test_credentials_are_passed_on_and_stay_secret() -> None:
+    config = KafkaConfig(
+        bootstrap_servers="a:1,b:2",
+        security_protocol="SASL_SSL",
+        sasl_mechanism="SCRAM-SHA-512",
+        sasl_username="u",
+        sasl_password=SecretStr("p"),
+    )
+    settings = client.client_settings(config)
+    assert settings["bootstrap_servers"] == ["a:1", "b:2"]
+    assert (settings["security_protocol"], settings["sasl_mechanism"]) == ("SASL_SSL", "SCRAM-SHA-512")
+    assert (settings["sasl_plain_username"], settings["sasl_plain_password"]) == ("u", "p")
+    assert settings["bootstrap_timeout_ms"] <= 10_000
+    assert "sasl_mechanism" not in client.client_settings(NOWHERE)
+
+
+def test_a_missing_c_checksum_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    client._warn_without_crc32c.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        client.client_settings(NOWHERE)
+        client.client_settings(NOWHERE)
+    assert [r.getMessage() for r in caplog.records if "pip install crc32c" in r.getMessage()] != []
+    assert len(caplog.records) == 1
+
+
+def test_ports_are_free_and_different_and_a_taken_one_is_named() -> None:
+    first, second = _pick_ports(0, 0)
+    assert first != second
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BrokerError, match=f"port {port} is in use.*name another port"):
+            _pick_ports(0, port)
+
+
+def test_a_fifth_of_a_thousand_refused_records_is_allowed_and_one_more_is_not() -> None:
+    letters = DeadLetters(NOWHERE)
+    letters.passed(5_000)
+    for offset in range(200):
+        letters.send(_record(offset), "bad")
+    with pytest.raises(StreamError, match=r"201 of the last 1000 .*max_dead_letter_share 0\.2.*the last one: bad.*feedback\[2\]@200"):
+        letters.send(_record(200), "bad")
+
+
+def test_good_records_push_refused_ones_out_of_the_window() -> None:
+    letters = DeadLetters(NOWHERE)
+    for offset in range(1_000):
+        letters.send(_record(offset), "bad")
+        letters.passed(5)
+
+
+def test_a_source_without_a_broker_is_degraded_and_waits_without_spinning() -> None:
+    source = Source(NOWHERE, [0], {"feedback/0": 7}, max_poll_records=10)
+    assert source.degraded_s == 0
+    started, cpu = time.monotonic(), time.process_time()
+    for _ in range(3):
+        assert source.poll(50) == []
+    assert 0.1 <= time.monotonic() - started < 2
+    assert time.process_time() - cpu < 0.1
+    assert source.degraded_s > 0
+    assert source.positions() == {"feedback/0": 7}
+    assert not source.at_end("feedback", 0)
+    assert source.lag() == {}
+    source.close()
