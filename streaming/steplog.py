@@ -98,6 +98,11 @@ class StepLog:
             raise LogError(f"cannot open the step log: {error}", str(self._folder)) from error
 
     @property
+    def incarnation(self) -> str:
+        """Of this process."""
+        return self._incarnation
+
+    @property
     def committed(self) -> int:
         """Number of the last commit; -1 before the first."""
         return _committed(self._table, self._worker)

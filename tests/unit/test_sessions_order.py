@@ -110,7 +110,8 @@ def text(value: object) -> object:
     return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
-class Expected(NamedTuple):
+@dataclasses.dataclass
+class Expected:
     """What the oracle says of one step."""
 
     session: str

@@ -1,0 +1,325 @@
+"""The ingest worker: poll, decode, join, commit, publish.
+
+Delivery: exactly once into the step log. The positions of both topics and the state of the joins go into the same commit as the rows, so
+a worker that died reads on from its last commit and derives again what was lost, under the same step ids. Dead letters are acknowledged
+before the commit that skips them. Commit first, publish second: a subscriber that misses a commit finds the gap in its numbers and reads it
+from the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from kafka.partitioner.default import murmur2
+
+from esrl_ray.config import Config
+from esrl_ray.errors import StreamError, WireError
+from esrl_ray.vocabulary import Bucket, StepRow
+from streaming.session_state import DECISIONS, FEEDBACK, Topic
+from streaming.sessions import SessionJoiner
+from streaming.source import Record
+from streaming.steplog import WorkerState, rows_to_table
+from streaming.wire import LEAVE, SHOWN, DecodedDecision, Feedback, decode_decision, decode_feedback
+
+_logger = logging.getLogger(__name__)
+
+POLL_MS = 100
+PAUSE_S = 0.05  # after a small poll: without it a fast broker would make a thousand polls of one record each
+SMALL_SHARE = 0.1  # of ingest.max_poll_records
+
+Publish = Callable[[str, int, pa.Table, int], object]
+"""(worker, commit, rows, committed_ms): what is called after each commit."""
+
+
+class RecordSource(Protocol):
+    """What the worker needs of `streaming.source.Source`."""
+
+    def poll(self, timeout_ms: int) -> list[Record]:
+        """Records in partition order."""
+
+    def positions(self) -> dict[str, int]:
+        """`topic/partition` -> next offset."""
+
+    def at_end(self, topic: str, partition: int) -> bool:
+        """Everything in the partition was returned by `poll`."""
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) -> records that wait."""
+
+
+class Log(Protocol):
+    """What the worker needs of `streaming.steplog.StepLog`."""
+
+    @property
+    def incarnation(self) -> str:
+        """Unique for this process."""
+
+    def restore(self) -> WorkerState | None:
+        """State of the last commit."""
+
+    def commit(self, state: WorkerState, table: pa.Table) -> None:
+        """Make rows and state durable as one."""
+
+
+class RefusedRecords(Protocol):
+    """What the worker needs of `streaming.deadletter.DeadLetters`."""
+
+    def passed(self, num_records: int) -> None:
+        """Count records that were fine."""
+
+    def send(self, record: Record, reason: str) -> None:
+        """Take one refused record."""
+
+    def flush(self) -> None:
+        """Wait until all of them are acknowledged."""
+
+
+@lru_cache(maxsize=65_536)
+def partition_of(key: bytes, num_partitions: int) -> int:
+    """The partition that Kafka's default partitioner (murmur2, as in Java and kafka-python) gives a key."""
+    return int(murmur2(key) & 0x7FFFFFFF) % num_partitions
+
+
+class IngestWorker:
+    """Turns the records of some partitions into commits of the step log.
+
+    Args:
+        config: Of the deployment.
+        worker: Name, e.g. `ingest-0`.
+        partitions: The same numbers of both topics; a worker keeps its partitions for the life of its log.
+        log: The worker's own step log.
+        source_factory: Makes the source that reads on from `topic/partition` -> next offset.
+        dead_letters: Takes what is refused.
+        publish: Called in turn after each commit. A failure is logged: the step log is the truth.
+        clock_ms: Wall clock.
+
+    Raises:
+        StreamError: the log belongs to other partitions.
+        LogError: the stored state is damaged.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        worker: str,
+        partitions: Sequence[int],
+        *,
+        log: Log,
+        source_factory: Callable[[Mapping[str, int]], RecordSource],
+        dead_letters: RefusedRecords,
+        publish: Sequence[Publish],
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._config, self._worker, self._partitions = config, worker, sorted(partitions)
+        self._log, self._dead_letters, self._publish, self._clock_ms = log, dead_letters, publish, clock_ms
+        self._spec = config.spec.build()
+        self._behaviours = {SHOWN, LEAVE, *(b.name for b in config.reward.behaviours)}
+        self._max_ahead_ms = round(config.join.max_ahead_s * 1000)
+        self._interval_ms = round(config.ingest.commit_interval_s * 1000)
+        self._names: dict[Topic, str] = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
+        state = log.restore()
+        if state is not None and sorted(state.joiners) != self._partitions:
+            raise StreamError(
+                f"the step log of {worker} holds partitions {sorted(state.joiners)}, this worker is given {self._partitions}",
+                "ingest.num_workers, kafka.num_partitions",
+                "keep both as they were, or start with a new run.dir",
+            )
+        self._commit = -1 if state is None else state.commit
+        self._committed_ms = 0 if state is None else state.committed_ms
+        stored = {} if state is None else state.joiners
+        self._joiners = {p: SessionJoiner(p, config, state=stored.get(p)) for p in self._partitions}
+        self._source = source_factory({} if state is None else state.positions)
+        self._last_ledger = self._ledger()
+        self._commit_s = 0.0
+        self._due_ms = clock_ms() + self._interval_ms
+        self._error: str | None = None
+        self._lock = threading.Lock()
+        self._status: dict[str, Any] = {}
+        self._take_status()
+        _logger.info("worker starts worker=%s partitions=%s commit=%d", worker, self._partitions, self._commit)
+
+    def status(self) -> dict[str, Any]:
+        """How the worker stands, as of its last poll or commit; may be called from another thread.
+
+        Returns:
+            ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`), watermarks_ms (by
+            partition), open_sessions, steps_closed (since the first ever), commit, committed_ms, commit_s (time of the last commit), error.
+        """
+        return self._status
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until told to stop, then commit once more. The source stays open for `drain`.
+
+        Raises:
+            EsrlError: going on would lose or repeat events; the reason is in the status too.
+        """
+        while not stop.is_set():
+            if self.run_once() < SMALL_SHARE * self._config.ingest.max_poll_records:
+                stop.wait(PAUSE_S)
+        with self._alone():
+            self._make_commit(self._advance())
+
+    def run_once(self) -> int:
+        """Poll once, and commit when it is time.
+
+        Returns:
+            Number of records read.
+        """
+        with self._alone():
+            records = self._source.poll(max(0, min(POLL_MS, self._due_ms - self._clock_ms())))
+            self._take(records)
+            if not 0 < self._due_ms - self._clock_ms() <= self._interval_ms:  # also when the clock was set back
+                self._make_commit(self._advance())
+            return len(records)
+
+    def drain(self, until: Mapping[str, int], timeout_s: float) -> bool:
+        """Read up to the given end offsets, close what is open as truncated, commit and publish.
+
+        Args:
+            until: `topic/partition` -> end offset; partitions of others are ignored.
+            timeout_s: Then it closes what it has.
+
+        Returns:
+            Whether the end offsets were reached.
+        """
+        mine = {f"{name}/{p}" for name in self._names.values() for p in self._partitions}
+        ends = {where: end for where, end in until.items() if where in mine}
+        deadline_ms = self._clock_ms() + round(timeout_s * 1000)
+        while not (reached := self._has_read(ends)) and self._clock_ms() < deadline_ms:
+            self.run_once()
+        with self._alone():
+            now_ms = self._clock_ms()
+            self._make_commit([row for joiner in self._joiners.values() for row in joiner.close(clock_ms=now_ms)])
+        _logger.info("worker drained worker=%s reached=%s commit=%d", self._worker, reached, self._commit)
+        return reached
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time; and none after a failure, when the joins may be ahead of the log: a new worker restores them."""
+        with self._lock:
+            if self._error is not None:
+                raise StreamError(f"the worker ended: {self._error}", self._worker, "make a new one, it goes on from the log")
+            try:
+                yield
+            except Exception as error:
+                self._error = f"{type(error).__name__}: {error}"
+                self._status = {**self._status, "error": self._error}
+                raise
+
+    def _has_read(self, ends: Mapping[str, int]) -> bool:
+        positions = self._source.positions()
+        return all(positions.get(where, 0) >= end for where, end in ends.items())
+
+    def _take(self, records: Sequence[Record]) -> None:
+        decisions: dict[int, list[tuple[int, DecodedDecision]]] = defaultdict(list)
+        feedback: dict[int, list[tuple[int, Feedback]]] = defaultdict(list)
+        now_ms, num_passed = self._clock_ms(), 0
+        for record in records:
+            try:
+                event = self._decode(record, now_ms)
+            except WireError as error:
+                self._dead_letters.passed(num_passed)
+                self._dead_letters.send(record, str(error))
+                topic = DECISIONS if record.topic == self._names[DECISIONS] else FEEDBACK
+                self._joiners[record.partition].settle(topic, Bucket.DEAD_LETTER)
+                num_passed = 0
+                continue
+            num_passed += 1
+            if isinstance(event, Feedback):
+                feedback[record.partition].append((record.offset, event))
+            else:
+                decisions[record.partition].append((record.offset, event))
+        self._dead_letters.passed(num_passed)
+        for partition in decisions.keys() | feedback.keys():
+            self._joiners[partition].push(decisions[partition], feedback[partition])
+
+    def _decode(self, record: Record, now_ms: int) -> DecodedDecision | Feedback:
+        """The event of a record.
+
+        Raises:
+            WireError: with the reason for the dead letter.
+        """
+        event: DecodedDecision | Feedback
+        if record.topic == self._names[DECISIONS]:
+            event = decode_decision(record.value, self._spec, record.content_type)
+            session_id, event_time_ms = event.event.session_id, event.event.event_time_ms
+        else:
+            event = decode_feedback(record.value, record.content_type)
+            session_id, event_time_ms = event.session_id, event.event_time_ms
+            if event.behaviour not in self._behaviours:
+                raise WireError(f"behaviour {event.behaviour!r} is not declared in reward.behaviours")
+        if (ahead_ms := event_time_ms - now_ms) > self._max_ahead_ms:
+            raise WireError(f"event_time_ms {event_time_ms} is {ahead_ms} ms ahead of the clock, at most {self._max_ahead_ms} is believed")
+        if record.key is None or record.key != session_id.encode():
+            raise WireError(f"key {record.key!r} is not the session_id {session_id!r}")
+        if (expected := partition_of(record.key, self._config.kafka.num_partitions)) != record.partition:
+            raise WireError(f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}")
+        return event
+
+    def _advance(self) -> list[StepRow]:
+        now_ms, names = self._clock_ms(), self._names
+        rows: list[StepRow] = []
+        for partition, joiner in self._joiners.items():
+            rows += joiner.advance(
+                clock_ms=now_ms,
+                decisions_at_end=self._source.at_end(names[DECISIONS], partition),
+                feedback_at_end=self._source.at_end(names[FEEDBACK], partition),
+            )
+        return rows
+
+    def _make_commit(self, rows: Sequence[StepRow]) -> None:
+        start_ms = self._clock_ms()
+        self._due_ms = start_ms + self._interval_ms
+        ledger = self._ledger()
+        if not rows and ledger == self._last_ledger:  # every event read changes the ledger
+            self._take_status()
+            return
+        n, table = self._commit + 1, rows_to_table(rows)
+        self._dead_letters.flush()
+        state = WorkerState(
+            commit=n,
+            incarnation=self._log.incarnation,
+            positions=self._source.positions(),
+            joiners={p: joiner.snapshot() for p, joiner in self._joiners.items()},
+            committed_ms=start_ms,
+        )
+        self._log.commit(state, table)
+        self._commit, self._last_ledger, self._committed_ms = n, ledger, self._clock_ms()
+        self._commit_s = (self._committed_ms - start_ms) / 1000
+        self._take_status()
+        table = table.set_column(0, "commit", pa.array(np.full(len(table), n, np.int64)))
+        for publish in self._publish:
+            try:
+                publish(self._worker, n, table, self._committed_ms)
+            except Exception as error:  # a subscriber's trouble must not stop the log
+                _logger.warning("publish failed worker=%s commit=%d reason=%s", self._worker, n, error)
+
+    def _ledger(self) -> dict[str, dict[str, int]]:
+        total: Counter[tuple[str, Bucket]] = Counter()
+        for joiner in self._joiners.values():
+            total.update(joiner.ledger)
+        topics: tuple[Topic, ...] = (DECISIONS, FEEDBACK)
+        return {topic: {bucket.value: total[topic, bucket] for bucket in Bucket if bucket is not Bucket.NOT_YET_READ} for topic in topics}
+
+    def _take_status(self) -> None:
+        """One dict for other threads, replaced as a whole."""
+        self._status = {
+            "ledger": self._last_ledger,
+            "positions": self._source.positions(),
+            "lag": {f"{topic}/{partition}": events for (topic, partition), events in self._source.lag().items()},
+            "watermarks_ms": {p: joiner.watermark_ms for p, joiner in self._joiners.items()},
+            "open_sessions": sum(joiner.num_open_sessions for joiner in self._joiners.values()),
+            "steps_closed": sum(joiner.num_closed for joiner in self._joiners.values()),
+            "commit": self._commit,
+            "committed_ms": self._committed_ms,
+            "commit_s": self._commit_s,
+            "error": self._error,
+        }

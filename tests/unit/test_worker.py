@@ -1,0 +1,338 @@
+"""The ingest worker over a log, topics and a clock in memory: what it refuses, what it commits, and what a crash at any moment leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pytest
+
+from esrl_ray.config import Config, IngestConfig, JoinConfig, KafkaConfig, SpecConfig
+from esrl_ray.errors import Fenced, StreamError
+from streaming.source import Record
+from streaming.steplog import WorkerState, step_schema
+from streaming.steptable import merge_steps
+from streaming.wire import JSON, MSGPACK, Decision, DecodedDecision, Feedback, encode
+from streaming.worker import IngestWorker, partition_of
+from tests.unit.test_sessions import REWARD, T0, decision, feedback
+
+PARTITIONS = 2
+CONFIG = Config(
+    join=JoinConfig(),
+    reward=REWARD,
+    spec=SpecConfig(item_features=("age",)),
+    kafka=KafkaConfig(num_partitions=PARTITIONS),
+    ingest=IngestConfig(commit_interval_s=2, max_poll_records=5),
+)
+
+
+class CrashError(RuntimeError):
+    """The process dies here."""
+
+
+class World:
+    """What survives a worker: the topics, the log, the dead letters, the clock; and where the next crash happens."""
+
+    def __init__(self) -> None:
+        self.now_ms = T0
+        self.topics: dict[tuple[str, int], list[Record]] = {(t, p): [] for t in ("decisions", "feedback") for p in range(PARTITIONS)}
+        self.state: WorkerState | None = None
+        self.commits: list[pa.Table] = []
+        self.dead: dict[tuple[str, int, int], str] = {}
+        self.published: list[tuple[str, int, pa.Table, int]] = []
+        self.crash_at = ""
+        self.moments: list[str] = []
+
+    def moment(self, name: str) -> None:
+        self.moments.append(name)
+        if name == self.crash_at:
+            self.crash_at = ""
+            raise CrashError(name)
+
+    def write(self, event: DecodedDecision | Feedback, *, partition: int | None = None, key: bytes | None = None) -> None:
+        sent: Decision | Feedback = event.event if isinstance(event, DecodedDecision) else event
+        topic, key = ("feedback" if isinstance(event, Feedback) else "decisions"), key or sent.session_id.encode()
+        self.raw(topic, encode(sent), partition=partition_of(key, PARTITIONS) if partition is None else partition, key=key)
+
+    def raw(self, topic: str, value: bytes, *, partition: int = 0, key: bytes = b"s", content_type: bytes = MSGPACK) -> None:
+        records = self.topics[topic, partition]
+        records.append(Record(topic, partition, len(records), self.now_ms, key, value, content_type))
+
+    @property
+    def ends(self) -> dict[str, int]:
+        return {f"{topic}/{p}": len(records) for (topic, p), records in self.topics.items()}
+
+    # -- the log
+
+    incarnation = "i"
+
+    def restore(self) -> WorkerState | None:
+        return self.state
+
+    def commit(self, state: WorkerState, table: pa.Table) -> None:
+        assert state.commit == len(self.commits) and state.incarnation == "i" and table.schema == step_schema()
+        assert not (set(self.refused) - set(self.dead)), "a commit must not pass a dead letter that is not acknowledged"
+        self.moment("before commit")
+        self.state = state
+        self.commits.append(table)
+        self.moment("after commit")
+
+    # -- the dead letters
+
+    refused: dict[tuple[str, int, int], str]
+    num_passed = 0
+
+    def passed(self, num_records: int) -> None:
+        self.num_passed += num_records
+
+    def send(self, record: Record, reason: str) -> None:
+        self.refused[record.topic, record.partition, record.offset] = reason
+
+    def flush(self) -> None:
+        self.dead |= self.refused
+        self.moment("after flush")
+
+    def publish(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
+        assert commit == len(self.commits) - 1, "commit first, publish second"
+        self.published.append((worker, commit, rows, committed_ms))
+
+    def worker(self, partitions: Sequence[int] = (0, 1), config: Config = CONFIG) -> IngestWorker:
+        """A new process."""
+        self.refused = {}
+        return IngestWorker(
+            config,
+            "ingest-0",
+            partitions,
+            log=self,
+            source_factory=lambda positions: Topics(self, partitions, positions),
+            dead_letters=self,
+            publish=[self.publish],
+            clock_ms=lambda: self.now_ms,
+        )
+
+
+class Topics:
+    """A source over the world's topics: at most five records a poll, 0.5 s each."""
+
+    def __init__(self, world: World, partitions: Sequence[int], positions: Mapping[str, int]) -> None:
+        self.world, self.keys = world, [key for key in world.topics if key[1] in partitions]
+        self.at = {key: positions.get(f"{key[0]}/{key[1]}", 0) for key in self.keys}
+
+    def poll(self, timeout_ms: int) -> list[Record]:
+        assert 0 <= timeout_ms <= 100
+        self.world.moment("poll")
+        self.world.now_ms += 500
+        records: list[Record] = []
+        for key in self.keys:
+            batch = self.world.topics[key][self.at[key] :][: 5 - len(records)]
+            self.at[key] += len(batch)
+            records += batch
+        return records
+
+    def positions(self) -> dict[str, int]:
+        return {f"{topic}/{p}": offset for (topic, p), offset in self.at.items()}
+
+    def at_end(self, topic: str, partition: int) -> bool:
+        return self.at[topic, partition] == len(self.world.topics[topic, partition])
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        return {key: len(self.world.topics[key]) - at for key, at in self.at.items()}
+
+
+def visits(world: World, *, sessions: int = 6, lists: int = 4) -> None:
+    """Some sessions of some lists, 1 s apart, with a click each, and one duplicate; the last of every second session leaves."""
+    for i in range(lists):
+        for s in range(sessions):
+            name, session, at = f"d{s}-{i}", f"s{s}", i + s / 10
+            world.write(decision(name, at, session=session))
+            for _ in range(2):
+                world.write(feedback(name, "shown", at + 0.1, session=session))
+            world.write(feedback(name, "click", at + 0.5, item="i0", session=session))
+            if s % 2 and i == lists - 1:
+                world.write(feedback(name, "leave", at + 0.9, session=session))
+
+
+def comparable(world: World) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = (
+        merge_steps(pa.concat_tables(world.commits)).drop_columns(["commit", "closed_ms", "revision"]).to_pylist()
+    )
+    return rows
+
+
+def test_drain_reads_everything_commits_it_and_closes_what_is_open() -> None:
+    world = World()
+    visits(world)
+    worker = world.worker()
+    assert worker.drain({**world.ends, "decisions/7": 99}, 60.0)
+    steps = comparable(world)
+    assert len(steps) == 24 == worker.status()["steps_closed"]
+    ends = {row["session_id"]: row["ended"] for row in steps if row["next_id"] is None}
+    assert ends == {f"s{s}": "terminated" if s % 2 else "truncated" for s in range(6)}
+    status = worker.status()
+    assert status["positions"] == world.ends and status["open_sessions"] == 0 and status["error"] is None
+    assert {k: v for k, v in status["ledger"]["decisions"].items() if v} == {"joined": 24}
+    assert {k: v for k, v in status["ledger"]["feedback"].items() if v} == {"joined": 51, "duplicate": 24}
+    assert set(status["lag"].values()) == {0} and status["commit"] == len(world.commits) - 1
+    assert [(worker, n) for worker, n, _, _ in world.published] == [("ingest-0", n) for n in range(len(world.commits))]
+    for (_, n, table, committed_ms), committed in zip(world.published, world.commits, strict=True):
+        assert table["commit"].to_pylist() == [n] * len(committed)
+        assert table.drop_columns(["commit"]).equals(committed.drop_columns(["commit"])) and committed_ms > T0
+
+
+def test_drain_closes_what_it_has_when_the_time_is_over() -> None:
+    world = World()
+    visits(world)
+    worker = world.worker()
+    assert not worker.drain({"decisions/0": 1_000}, 30.0)
+    assert worker.status()["steps_closed"] == 24
+
+
+def test_commits_come_at_the_interval_and_none_when_nothing_changed() -> None:
+    world = World()
+    worker = world.worker()
+    for _ in range(20):
+        worker.run_once()
+    assert world.commits == []
+    world.write(decision("a", 10))
+    for _ in range(5):
+        worker.run_once()
+    assert len(world.commits) == 1 and len(world.commits[0]) == 0  # it was read: the position is worth a commit
+    for _ in range(60):
+        worker.run_once()
+    assert len(world.commits) == 2  # never shown
+    assert worker.status()["ledger"]["decisions"]["never_shown"] == 1
+
+
+def test_a_clock_that_was_set_back_does_not_stop_the_commits() -> None:
+    world = World()
+    worker = world.worker()
+    world.write(decision("a", 10))
+    world.now_ms -= 3_600_000
+    worker.run_once()
+    assert len(world.commits) == 1
+
+
+def refused_records(world: World) -> list[tuple[str, str]]:
+    """Writes one record of each kind that is refused; returns (topic, part of the reason)."""
+    session = next(f"x{i}" for i in range(100) if partition_of(f"x{i}".encode(), PARTITIONS) == 1)
+    world.raw("decisions", b"\xc1")
+    world.raw("feedback", b"{", content_type=JSON)
+    world.raw("feedback", b"{}", content_type=b"text/plain")
+    world.write(feedback("a", "dance", 1, item="i0", session="s"))
+    world.write(decision("far", 301, session="s"))
+    world.write(feedback("a", "click", 1, item="i0", session=session), partition=0)
+    world.write(feedback("a", "click", 1, item="i0", session="s"), key=b"other")
+    return [
+        ("decisions", "not a Decision"),
+        ("decisions", "ahead of the clock, at most 300000 is believed"),
+        ("feedback", "not a Feedback"),
+        ("feedback", "content-type b'text/plain' is unknown"),
+        ("feedback", "behaviour 'dance' is not declared"),
+        ("feedback", "murmur2, Kafka's default, gives 1"),
+        ("feedback", "key b'other' is not the session_id 's'"),
+    ]
+
+
+def test_what_is_no_valid_event_becomes_a_dead_letter_with_its_reason() -> None:
+    world = World()
+    expected = refused_records(world)
+    world.write(feedback("a", "click", 1, item="i0", session="s"))
+    worker = world.worker()
+    assert worker.drain(world.ends, 60.0)
+    got = sorted((topic, reason) for (topic, _, _), reason in world.dead.items())
+    assert len(got) == len(expected)
+    for topic, part in expected:
+        assert any(t == topic and part in reason for t, reason in got), part
+    ledger = worker.status()["ledger"]
+    assert ledger["decisions"]["dead_letter"] == 2 and ledger["feedback"]["dead_letter"] == 5
+    assert ledger["feedback"]["unmatched"] == 1 and world.num_passed == 1
+    assert sum(ledger["feedback"].values()) == sum(end for where, end in world.ends.items() if where.startswith("feedback"))
+
+
+@pytest.mark.parametrize("crash_at", ["poll", "after flush", "before commit", "after commit"])
+@pytest.mark.parametrize("skip", range(5))
+def test_a_crash_at_any_moment_changes_neither_the_steps_nor_the_ledger(crash_at: str, skip: int) -> None:
+    calm, world = World(), World()
+    for w in (calm, world):
+        visits(w)
+        refused_records(w)
+    steady = calm.worker()
+    assert steady.drain(calm.ends, 300.0)
+    worker = world.worker()
+    for _ in range(3):
+        for _ in range(skip):
+            worker.run_once()
+        world.crash_at = crash_at
+        with pytest.raises(CrashError):
+            for _ in range(100):
+                worker.run_once()
+        assert worker.status()["error"] == f"CrashError: {crash_at}"
+        with pytest.raises(StreamError, match="make a new one"):
+            worker.run_once()
+        worker = world.worker()
+    assert worker.drain(world.ends, 300.0)
+    assert worker.status()["ledger"] == steady.status()["ledger"]
+    assert world.dead == calm.dead
+    rows = pa.concat_tables(world.commits)
+    whole = [step for step, bulky in zip(rows["step_id"].to_pylist(), rows["states"].to_pylist(), strict=True) if bulky is not None]
+    assert sorted(whole) == [f"d{s}-{i}" for s in range(6) for i in range(4)]  # the first row of each step came once
+    assert worker.status()["steps_closed"] == 24
+    assert comparable(world) == comparable(calm)
+
+
+def test_a_log_of_other_partitions_is_refused() -> None:
+    world = World()
+    visits(world)
+    world.worker(partitions=[0]).drain(world.ends, 60.0)
+    with pytest.raises(StreamError, match=r"holds partitions \[0\], this worker is given \[0, 1\]"):
+        world.worker()
+
+
+def test_a_subscriber_that_fails_does_not_stop_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    visits(world)
+
+    def fail(worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
+        raise ConnectionError("gone")
+
+    world.publish = fail  # type: ignore[method-assign]
+    worker = world.worker()
+    assert worker.drain(world.ends, 60.0)
+    assert worker.status()["steps_closed"] == 24 and "publish failed worker=ingest-0" in caplog.text
+
+
+def test_run_works_in_a_thread_until_told_to_stop_and_drain_goes_on_from_there() -> None:
+    world = World()
+    visits(world)
+    worker, stop = world.worker(), threading.Event()
+    thread = threading.Thread(target=worker.run, args=(stop,))
+    thread.start()
+    deadline = threading.Event()
+    while worker.status()["positions"] != world.ends and thread.is_alive():
+        deadline.wait(0.01)
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive() and worker.status()["commit"] >= 0
+    assert worker.drain(world.ends, 60.0)
+    assert len(comparable(world)) == 24
+
+
+def test_a_fenced_worker_ends_with_the_reason_in_its_status() -> None:
+    world = World()
+    visits(world)
+
+    def fence(state: WorkerState, table: pa.Table) -> None:
+        raise Fenced("commit 0 was made by another incarnation x")
+
+    world.commit = fence  # type: ignore[method-assign]
+    worker = world.worker()
+    with pytest.raises(Fenced):
+        worker.run(threading.Event())
+    assert worker.status()["error"] == "Fenced: commit 0 was made by another incarnation x"
+
+
+def test_the_partition_of_a_key_is_that_of_kafkas_default_partitioner() -> None:
+    of_java = {b"21": -973932308, b"foobar": -790332482, b"abc": 479470107, b"a-little-bit-long-string": -985981536}  # Kafka's UtilsTest
+    for key, murmur2 in of_java.items():
+        assert partition_of(key, 1_000) == (murmur2 & 0x7FFFFFFF) % 1_000
