@@ -270,7 +270,7 @@ class ServeConfig(Section):
 class SimulationConfig(Section):
     """The simulated input."""
 
-    world_seed: int = Field(0, description="Seed of users, items and the upstream model.")
+    world_seed: int = Field(3, description="Seed of users, items and the upstream model.")
     num_users: Positive = Field(1000, description="Users.")
     num_items: Positive = Field(8000, description="Items.")
     num_candidates: Positive = Field(50, description="Candidates per request [N].")
