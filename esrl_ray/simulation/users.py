@@ -49,6 +49,10 @@ class Sessions:
         """These sessions, as copies."""
         return Sessions(*(np.copy(getattr(self, name)[rows]) for name in self.__dataclass_fields__))
 
+    def extend(self, more: Sessions) -> Sessions:
+        """These sessions and more of them."""
+        return Sessions(*(np.concatenate([getattr(self, name), getattr(more, name)]) for name in self.__dataclass_fields__))
+
     def put(self, rows: npt.NDArray[np.int64], part: Sessions) -> None:
         """Write these sessions back."""
         for name in self.__dataclass_fields__:

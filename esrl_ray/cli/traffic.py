@@ -1,0 +1,61 @@
+"""The traffic of a demo in its actor: a real HTTP client and a real Kafka producer around simulated or replayed users."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from esrl_ray.cli.clock import clock_ms
+from esrl_ray.config import Config
+from esrl_ray.simulation.traffic import SimulatedTraffic
+from serve.client import FuseClient
+from streaming.producer import EventProducer
+from streaming.wire import SCHEMA_VERSION, Feedback
+
+FLUSH_S = 30.0
+
+
+class TrafficPart:
+    """Plays the users. An async actor: `run` is one long call, the others come in between.
+
+    Args:
+        config: Deployment.
+        url: Of the endpoint.
+        data: Folder of a real log, or None for simulated users.
+    """
+
+    def __init__(self, config: Config, url: str, data: Path | None) -> None:
+        logging.getLogger("kafka").propagate = False
+        self._producer = EventProducer(config.kafka, client_id="traffic", spool=None)
+        token = config.serve.bearer_token
+        self._client = FuseClient(url, token=None if token is None else token.get_secret_value())
+        if data is None:
+            self._traffic: Any = SimulatedTraffic(config, fuse=self._client.fuse, send=self._send, clock_ms=clock_ms)
+        else:
+            from esrl_ray.simulation.kuairand import KuaiRandTraffic
+
+            self._traffic = KuaiRandTraffic(config, data, fuse=self._client.fuse, send=self._send, clock_ms=clock_ms)
+
+    def _send(self, **feedback: Any) -> None:
+        self._producer.send(Feedback(schema_version=SCHEMA_VERSION, **feedback))
+
+    async def run(self) -> None:
+        """Play until `stop` or the end of the input; every piece of feedback is acknowledged when this returns."""
+        async with self._client:
+            await self._traffic.run()
+        self._producer.close(timeout_s=FLUSH_S)
+
+    async def stop(self) -> None:
+        """Ask `run` to end."""
+        await self._traffic.stop()
+
+    async def first_decision_ms(self) -> int:
+        """When the first decision came back, epoch milliseconds; 0 before."""
+        moment: int = self._traffic.counts.first_decision_ms
+        return moment
+
+    async def status(self, whole: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - crosses Ray by position
+        """Numbers so far; `whole` adds every latency."""
+        return {**self._traffic.status(whole=whole), "acked": dict(self._producer.acked), "pid": os.getpid()}
