@@ -11,6 +11,7 @@ EsrlError
 ├── RequestError           a fuse request is malformed or does not fit the deployment (422)
 ├── PolicyRejected         the gate or the store refused an artefact; `current` did not move
 ├── InputDataError         a column of a data file is missing or has the wrong type
+├── LearnersLost           learners died or diverged: rebuild them from the newest checkpoint
 └── LoopError              a part of the running loop ended and cannot come back
 
 Every text says what, the actual value, what was expected, where, and what to do. An error crosses Ray by pickling its
@@ -73,6 +74,10 @@ class PolicyRejected(EsrlError):
 
 class InputDataError(EsrlError):
     """A data file lacks a column or has another type than needed."""
+
+
+class LearnersLost(EsrlError):
+    """Learners died or diverged; the training loop rebuilds them from the newest checkpoint."""
 
 
 class LoopError(EsrlError):

@@ -190,6 +190,12 @@ class Networks(nn.Module):
         self.anchor.fold(normaliser, self.normaliser)
 
     @torch.no_grad()
+    def start_from_anchor(self) -> None:
+        """Let actor and target actor begin as copies of the anchor: for a learner that comes after the policies of another."""
+        for actor in (self.actor, self.target_actor):
+            actor.load_state_dict(self.anchor.state_dict())
+
+    @torch.no_grad()
     def set_static_anchor(self, action: Floats) -> None:
         """Make one action (A,) for all pairs the anchor: the last layer forgets its input."""
         last = self.anchor.layers[-1]

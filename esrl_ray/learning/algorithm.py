@@ -29,11 +29,12 @@ from ray.tune.result import TRAINING_ITERATION
 
 from esrl_ray.algo.update import UpdateResult
 from esrl_ray.config import Config
-from esrl_ray.errors import LoopError
+from esrl_ray.errors import LearnersLost, LoopError
 from esrl_ray.learning.feed import BatchFeed
 from esrl_ray.learning.learner import GRADIENT_STEPS, EnhancedRLLearner
 from esrl_ray.learning.module import DEPLOYMENT, EnhancedRLModule
 from esrl_ray.normaliser import Normaliser
+from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.vocabulary import Floats, Lineage
 
 T = TypeVar("T")
@@ -137,7 +138,7 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
         """Call a function on every learner and return the results.
 
         Raises:
-            LoopError: a learner is gone.
+            LearnersLost: a learner is gone.
         """
         results = list(self.learner_group.foreach_learner(call))
         self._all_there(sum(r.ok for r in results))
@@ -151,17 +152,22 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
         """`Networks.set_scales` on every learner."""
         self.each_learner(lambda learner: learner.learn_state.networks.set_scales(normaliser, value_scale, fold=fold))
 
-    def set_anchor(self, parameters: dict[str, Floats], normaliser: Normaliser) -> None:
-        """`Networks.set_anchor` on every learner."""
-        self.each_learner(lambda learner: learner.learn_state.networks.set_anchor(parameters, normaliser))
+    def set_anchor(self, policy: Policy) -> None:
+        """Make a policy the anchor on every learner."""
+        if policy.manifest.kind is PolicyKind.STATIC:
+            action = policy.parameters["action"]
+            self.each_learner(lambda learner: learner.learn_state.networks.set_static_anchor(action))
+        else:
+            parameters, normaliser = dict(policy.parameters), policy.normaliser
+            self.each_learner(lambda learner: learner.learn_state.networks.set_anchor(parameters, normaliser))
 
-    def set_static_anchor(self, action: Floats) -> None:
-        """`Networks.set_static_anchor` on every learner."""
-        self.each_learner(lambda learner: learner.learn_state.networks.set_static_anchor(action))
+    def start_from_anchor(self) -> None:
+        """`Networks.start_from_anchor` on every learner."""
+        self.each_learner(lambda learner: learner.learn_state.networks.start_from_anchor())
 
     def _all_there(self, num_answers: int) -> None:
         if num_answers < (expected := max(1, self.config.num_learners)):
-            raise LoopError(f"{num_answers} of {expected} learners answer", "EnhancedRL", "rebuild from the newest checkpoint")
+            raise LearnersLost(f"{num_answers} of {expected} learners answer", "EnhancedRL", "rebuild from the newest checkpoint")
 
     def get_state(
         self, components: str | Collection[str] | None = None, *, not_components: str | Collection[str] | None = None, **kwargs: Any

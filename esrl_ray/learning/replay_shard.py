@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from esrl_ray.telemetry import log_change
 from esrl_ray.vocabulary import Lineage, TransitionBatch, cut_lineage
 
 MAX_COMMITS = 10_000
-"""Commits whose times `stats` still tells."""
+"""Commits whose times `status` still tells."""
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class ReplayShard:
         self._buffer = ReplayBuffer(config, seed=seed, read_log=read_log)
         self._clock_ms = clock_ms
         self._committed_ms: dict[tuple[str, int], int] = {}
-        self._buffer.refill(list(workers))
+        self._workers = list(workers)
+        self._buffer.refill(self._workers, inserted_ms=clock_ms())
         log_change(_logger, "replay shard ready", {"size": self._buffer.size, "lineage": cut_lineage(self._buffer.lineage)})
 
     def apply(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
@@ -74,18 +76,27 @@ class ReplayShard:
         """The newest steps, without the limiter: for the normaliser and the gate's probes."""
         return self._buffer.recent_lists(num_steps)
 
-    def stats(self) -> dict[str, Any]:
-        """Lineage, sizes, counts, and as `inserted_ms` the newest (worker, commit, committed_ms, inserted_ms).
+    def catch_up(self) -> int:
+        """Read what the logs hold beyond what arrived, e.g. at the end of a run; the number of steps inserted so far."""
+        self._buffer.catch_up(self._workers, inserted_ms=self._clock_ms())
+        return self._buffer.num_inserted
 
-        committed_ms is -1 for a commit that was read from the log.
-        """
+    def stats(self) -> dict[str, Any]:
+        """Lineage, sizes and counts."""
         buffer = self._buffer
-        newest = list(buffer.inserted_ms.items())[-MAX_COMMITS:]
         return {
             "lineage": dict(buffer.lineage),
             "size": buffer.size,
             "num_inserted": buffer.num_inserted,
             "num_samplable": buffer.num_samplable,
             "num_sampled": buffer.num_sampled,
-            "inserted_ms": [(worker, commit, self._committed_ms.get((worker, commit), -1), at) for (worker, commit), at in newest],
         }
+
+    def status(self) -> dict[str, Any]:
+        """`stats`, and as `inserted_ms` the newest (worker, commit, committed_ms, inserted_ms).
+
+        A commit that was read from the log has its insertion as both times: at the latest then it was committed.
+        """
+        newest = list(self._buffer.inserted_ms.items())[-MAX_COMMITS:]
+        times = [(worker, commit, self._committed_ms.get((worker, commit), at), at) for (worker, commit), at in newest]
+        return {**self.stats(), "inserted_ms": times, "pid": os.getpid()}

@@ -1,0 +1,83 @@
+"""Checkpoints of the learner: RLlib's own, with what the training loop must remember beside it, made whole by a rename.
+
+RLlib's checkpoints contain pickles: they are read only from the run's own folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from esrl_ray.errors import LoopError
+from esrl_ray.learning.algorithm import EnhancedRL
+
+PROGRESS_FILE = "progress.json"
+KEPT = 2
+
+_logger = logging.getLogger(__name__)
+
+
+class Progress(msgspec.Struct):
+    """What the training loop remembers beside the learner's state."""
+
+    spec_digest: str
+    fitted: bool = False  # the first normaliser is set
+    round: int = 0
+    anchor_version: int = 0
+    round_from: int = 0  # inserted steps when the round began
+    version: int = 0  # newest accepted by the store
+    published: int = 0
+    rejected: int = 0
+    learnt_ms: int = 0  # clock of the last gradient step
+
+
+def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> Path:
+    """Write a checkpoint into a temporary folder, rename it, and delete all but the newest `KEPT`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover)
+    numbers = _numbers(folder)
+    final = folder / f"{(numbers[-1] if numbers else 0) + 1:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    algorithm.save_to_path(str(temporary))
+    (temporary / PROGRESS_FILE).write_bytes(msgspec.json.encode(progress))
+    temporary.rename(final)
+    for number in numbers[: 1 - KEPT]:
+        shutil.rmtree(folder / f"{number:08d}")
+    return final
+
+
+def restore_checkpoint(algorithm: EnhancedRL, folder: Path, spec_digest: str) -> Progress | None:
+    """Restore the newest whole checkpoint; None when there is none.
+
+    Raises:
+        LoopError: there are checkpoints, but of another spec, or none can be read.
+    """
+    numbers = _numbers(folder)
+    for number in reversed(numbers):
+        path = folder / f"{number:08d}"
+        try:
+            progress = msgspec.json.decode((path / PROGRESS_FILE).read_bytes(), type=Progress)
+            if progress.spec_digest != spec_digest:
+                raise LoopError(
+                    f"a checkpoint is for spec {progress.spec_digest}, this deployment's is {spec_digest}", str(path), "use another run.dir"
+                )
+            algorithm.restore_from_path(str(path))
+        except LoopError:
+            raise
+        except Exception as error:  # unpickling a damaged file can raise anything
+            _logger.warning("checkpoint %s cannot be read, trying an older one: %r", path, error)
+            continue
+        _logger.info("checkpoint restored path=%s round=%d", path, progress.round)
+        return progress
+    if numbers:
+        raise LoopError(f"none of {len(numbers)} checkpoints can be read", str(folder), "delete the folder to learn from the start")
+    return None
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()) if folder.is_dir() else []

@@ -1,0 +1,297 @@
+"""The training loop: warm up, learn, publish, end rounds, keep checkpoints, and survive the death of any other part.
+
+Where truth lives: policies and the current round in the policy store, parameters in the newest checkpoint, data in the step log. The
+loop's own process may be killed at any time: it resumes from the newest checkpoint and takes over the store's round when that is ahead.
+Gradient steps after the checkpoint are lost and not replayed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from esrl_ray import actors
+from esrl_ray.config import Config
+from esrl_ray.errors import LearnersLost, LoopError, PolicyRejected
+from esrl_ray.learning.algorithm import EnhancedRL, learner_results
+from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
+from esrl_ray.learning.learner import GRADIENT_STEPS
+from esrl_ray.learning.rounds import fit_scales, next_round, together
+from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
+from esrl_ray.policy.store import PolicySnapshot
+from esrl_ray.telemetry import Telemetry, log_change
+from esrl_ray.vocabulary import TransitionBatch, cut_lineage
+
+PROBE_LISTS = 64
+"""Recent lists that the gate judges a policy on."""
+
+WATCH_MS = 500
+"""Clock time between looks at the shards' counts."""
+
+PAUSE_S = 0.2
+STORE_TIMEOUT_S = 30.0
+MAX_REBUILDS = 5
+"""The loop gives up when the learners died this often in a row without a new checkpoint."""
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainingLoop:
+    """Trains EnhancedRL from replay shards and publishes policies.
+
+    `run` blocks its thread; `status` may be called from another thread meanwhile. In an actor that means: `run` in a thread of its own, or
+    `max_concurrency` of at least 2.
+
+    Args:
+        config: Deployment.
+        store: Actor of the policy store.
+        shards: Actors of the replay shards.
+        checkpoint_dir: Folder of the checkpoints; belongs to this loop alone.
+        clock_ms: Wall clock, epoch milliseconds.
+    """
+
+    def __init__(
+        self, config: Config, *, store: ActorHandle, shards: Sequence[ActorHandle], checkpoint_dir: Path, clock_ms: Callable[[], int]
+    ) -> None:
+        self._config, self._spec = config, config.spec.build()
+        self._store, self._shards = store, list(shards)
+        self._checkpoints, self._clock_ms = checkpoint_dir, clock_ms
+        self._config_digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+        self._progress = Progress(self._spec.digest)
+        self._results: dict[str, float] = {}
+        self._inserted = [0] * len(self._shards)
+        self._gradient_steps = self._published_steps = 0
+        self._first: tuple[int, int] | None = None  # (clock, gradient steps) of the first call in this process
+        self._last = {"publish": 0, "checkpoint": 0, "watch": 0}  # clock of each
+        self._rebuilds = 0
+        self._state = "starting"
+        self._lineage: Mapping[str, int] = {}
+
+    def run(self, stop: threading.Event) -> None:
+        """Train until `stop` is set, then write a last checkpoint.
+
+        Raises:
+            LoopError: the learners died again and again, or no checkpoint fits.
+        """
+        torch.set_num_threads(1)
+        self._telemetry = Telemetry()
+        while not stop.is_set():
+            algorithm: EnhancedRL | None = None
+            try:
+                algorithm = EnhancedRL.of(self._config)
+                self._resume(algorithm, stop)
+                self._learn(algorithm, stop)
+            except (RayError, LearnersLost) as error:
+                self._rebuilds += 1
+                if self._rebuilds > MAX_REBUILDS:
+                    raise LoopError(
+                        f"the learners ended {self._rebuilds} times in a row: {error}", "training loop", "read the learners' logs"
+                    ) from error
+                log_change(_logger, "learners lost, rebuilding", {"rebuilds": self._rebuilds, "why": str(error).splitlines()[0]})
+                self._state = "rebuilding"
+                stop.wait(1.0)
+            finally:
+                if algorithm is not None:
+                    _close(algorithm)
+        self._state = "stopped"
+
+    def status(self) -> dict[str, Any]:
+        """Counts, losses of the last call, round, newest accepted version and lineage."""
+        clock, steps = self._first or (0, 0)
+        seconds = (self._progress.learnt_ms - clock) / 1e3
+        return {
+            "state": self._state,
+            "gradient_steps": self._gradient_steps,
+            "samples": self._gradient_steps * self._config.learner.batch_size,
+            "steps_per_s": (self._gradient_steps - steps) / seconds if seconds > 0 else 0.0,
+            **{name: self._results.get(name) for name in ("critic_loss", "actor_loss", "outside_share", "phi_mean")},
+            "round": self._progress.round,
+            "version": self._progress.version,
+            "published": self._progress.published,
+            "rejected": self._progress.rejected,
+            "rebuilds": self._rebuilds,
+            "lineage": dict(self._lineage),
+        }
+
+    def _resume(self, algorithm: EnhancedRL, stop: threading.Event) -> None:
+        """Newest checkpoint, then whatever the store knows better."""
+        restored = restore_checkpoint(algorithm, self._checkpoints, self._spec.digest)
+        self._progress = restored or Progress(self._spec.digest)
+        self._gradient_steps = self._published_steps = algorithm.published()[2]
+        self._first, self._lineage = None, algorithm.lineage
+        algorithm.draw_from(self._shards)
+        while not stop.is_set():
+            self._watch()
+            if (snapshot := self._snapshot()) is not None and (not self._progress.fitted or self._adopt(algorithm, snapshot)):
+                return
+            stop.wait(PAUSE_S)
+
+    def _learn(self, algorithm: EnhancedRL, stop: threading.Event) -> None:
+        while not stop.is_set():
+            if self._due("watch", WATCH_MS):
+                self._watch()
+            if not self._progress.fitted:
+                self._state = "warming up"
+                if not self._warm_up(algorithm):
+                    stop.wait(PAUSE_S)
+                    continue
+            self._state = "learning"
+            self._train(algorithm)
+            if self._gradient_steps > self._published_steps and self._due("publish", self._config.policy.publish_interval_s * 1e3):
+                self._publish(algorithm)
+            if sum(self._inserted) - self._progress.round_from >= self._config.exploration.round_steps:
+                self._end_round(algorithm)
+            if self._due("checkpoint", self._config.learner.checkpoint_interval_s * 1e3):
+                self._save(algorithm)
+        if self._progress.fitted:
+            self._save(algorithm)
+
+    def _train(self, algorithm: EnhancedRL) -> None:
+        results = learner_results(algorithm.train())
+        if not results or (steps := int(results[GRADIENT_STEPS])) <= self._gradient_steps:
+            return
+        if not all(abs(value) < float("inf") for value in results.values()):  # also false for NaN
+            raise LearnersLost(f"learning diverged: {results}")
+        now = self._clock_ms()
+        batch = self._config.learner.batch_size
+        self._telemetry.count("esrl_learner_gradient_steps_total", steps - self._gradient_steps)
+        self._telemetry.count("esrl_learner_samples_total", (steps - self._gradient_steps) * batch)
+        for name in ("critic_loss", "actor_loss", "outside_share"):
+            self._telemetry.gauge(f"esrl_learner_{name}", results[name])
+        self._first = self._first or (now, steps)
+        self._results, self._gradient_steps, self._lineage = results, steps, algorithm.lineage
+        self._progress.learnt_ms = now
+
+    def _warm_up(self, algorithm: EnhancedRL) -> bool:
+        """Fit the first normaliser once enough lists are in; control serves until the first policy is accepted."""
+        wanted = self._config.exploration.warmup_steps
+        if sum(self._inserted) < wanted or (lists := self._recent(wanted)) is None or (snapshot := self._snapshot()) is None:
+            return False
+        algorithm.set_scales(*fit_scales(lists), fold=False)
+        anchor = Policy.from_bytes(snapshot.anchor)
+        algorithm.set_anchor(anchor)
+        if anchor.manifest.kind is PolicyKind.PAIR:  # policies outlived the checkpoints
+            algorithm.start_from_anchor()
+        self._enter(snapshot, round_from=0 if snapshot.round.number == 0 else sum(self._inserted))
+        self._progress.fitted = True
+        log_change(_logger, "normaliser fitted, learning starts", {"steps": sum(self._inserted), "round": snapshot.round.number})
+        self._save(algorithm)
+        return True
+
+    def _publish(self, algorithm: EnhancedRL) -> None:
+        parameters, normaliser, steps = algorithm.published()
+        progress, learner = self._progress, self._config.learner
+        manifest = Manifest(
+            version=0,
+            digest="",
+            kind=PolicyKind.PAIR,
+            spec=self._spec,
+            hidden_sizes=learner.hidden_sizes,
+            embedding_size=learner.embedding_size,
+            lineage=dict(algorithm.lineage),
+            parent=progress.version or progress.anchor_version,
+            round=progress.round,
+            gradient_steps=steps,
+            config_digest=self._config_digest,
+            created_ms=self._clock_ms(),
+            learnt_ms=progress.learnt_ms,
+        )
+        blob = Policy.pair(manifest, parameters, normaliser).to_bytes()
+        try:
+            progress.version = ray.get(self._store.publish.remote(blob, self._recent(PROBE_LISTS)), timeout=STORE_TIMEOUT_S)
+        except PolicyRejected as error:
+            progress.rejected += 1
+            self._telemetry.count("esrl_policy_rejected_total")
+            _logger.warning("policy rejected gradient_steps=%d: %s", steps, error)
+        except (RayActorError, GetTimeoutError) as error:
+            _logger.warning("policy store does not answer, trying again: %s", str(error).splitlines()[0])
+            return
+        else:
+            progress.published += 1
+            self._telemetry.count("esrl_policy_published_total")
+            facts = {"version": progress.version, "round": progress.round, "gradient_steps": steps}
+            log_change(_logger, "policy published", {**facts, "lineage": cut_lineage(algorithm.lineage)})
+        self._published_steps = steps
+
+    def _end_round(self, algorithm: EnhancedRL) -> None:
+        """Make the store's current policy the next anchor; a round goes on while there is no new one, or one is pinned."""
+        if (snapshot := self._snapshot()) is None:
+            return
+        current = Policy.from_bytes(snapshot.current)
+        ours = (self._progress.round, self._progress.anchor_version)
+        if ours == (snapshot.round.number, snapshot.round.anchor_version):
+            if snapshot.pinned or current.version == snapshot.round.anchor_version:
+                _logger.info(
+                    "round goes on number=%d: %s", snapshot.round.number, "a policy is pinned" if snapshot.pinned else "no new policy"
+                )
+                self._progress.round_from = sum(self._inserted)
+                return
+            turn = next_round(snapshot.round.number + 1, current.version, self._config, started_ms=self._clock_ms())
+            try:
+                ray.get(self._store.start_round.remote(turn), timeout=STORE_TIMEOUT_S)
+            except (RayActorError, GetTimeoutError, PolicyRejected) as error:
+                _logger.warning("the store did not start round %d, trying again: %s", turn.number, str(error).splitlines()[0])
+                return
+            if (snapshot := self._snapshot()) is None:
+                return
+        if self._adopt(algorithm, snapshot):
+            self._save(algorithm)
+
+    def _adopt(self, algorithm: EnhancedRL, snapshot: PolicySnapshot) -> bool:
+        """Take over the store's round when it is not ours: its anchor, and scales refitted on recent lists. False: try again later."""
+        if (self._progress.round, self._progress.anchor_version) == (snapshot.round.number, snapshot.round.anchor_version):
+            return True
+        if (lists := self._recent(self._config.exploration.warmup_steps)) is None:
+            return False
+        algorithm.set_scales(*fit_scales(lists), fold=True)
+        algorithm.set_anchor(Policy.from_bytes(snapshot.anchor))
+        self._enter(snapshot, round_from=sum(self._inserted))
+        return True
+
+    def _enter(self, snapshot: PolicySnapshot, *, round_from: int) -> None:
+        turn = snapshot.round
+        self._progress.round, self._progress.anchor_version, self._progress.round_from = turn.number, turn.anchor_version, round_from
+        log_change(_logger, "round entered", {"number": turn.number, "anchor": turn.anchor_version, "inserted": sum(self._inserted)})
+
+    def _save(self, algorithm: EnhancedRL) -> None:
+        save_checkpoint(algorithm, self._checkpoints, self._progress)
+        self._last["checkpoint"] = self._clock_ms()
+        self._rebuilds = 0
+
+    def _watch(self) -> None:
+        """Inserted steps per shard. They count the whole log, also after a shard refilled itself; one that is away keeps its last count."""
+        for i, shard in enumerate(self._shards):
+            if (stats := actors.ask(shard.stats.remote)) is not None:
+                self._inserted[i] = stats["num_inserted"]
+
+    def _recent(self, num_steps: int) -> TransitionBatch | None:
+        share = -(-num_steps // len(self._shards))
+        found = [lists for shard in self._shards if (lists := actors.ask(shard.recent_lists.remote, share)) is not None]
+        return together(found) if found else None
+
+    def _snapshot(self) -> PolicySnapshot | None:
+        snapshot: PolicySnapshot | None = actors.ask(self._store.snapshot.remote)
+        return snapshot
+
+    def _due(self, what: str, interval_ms: float) -> bool:
+        now = self._clock_ms()
+        if now - self._last[what] < interval_ms:
+            return False
+        self._last[what] = now
+        return True
+
+
+def _close(algorithm: EnhancedRL) -> None:
+    try:
+        algorithm.stop()
+    except RayError as error:  # its learners are dead already
+        _logger.warning("learners did not stop cleanly: %s", str(error).splitlines()[0])
