@@ -21,7 +21,7 @@ def fusion_weights(actions: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, tor
         powers (..., k), biases (..., k).
     """
     base = torch.as_tensor(spec.power_base, dtype=actions.dtype, device=actions.device)
-    powers, biases = actions.split(spec.num_scores, dim=-1)
+    powers, biases = actions[..., : spec.num_scores], actions[..., spec.num_scores :]
     return base + spec.power_span * powers, spec.bias_base + spec.bias_span * biases
 
 

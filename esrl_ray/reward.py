@@ -28,4 +28,5 @@ def rewards_of(behaviours: Floats, config: RewardConfig) -> Floats:
             else:
                 counted = v if term.cap is None else np.minimum(v, term.cap)
             rewards[..., g] += np.float32(term.weight) * counted
-    return rewards / np.float32(config.scale)
+    rewards /= np.float32(config.scale)
+    return rewards

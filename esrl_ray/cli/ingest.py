@@ -28,7 +28,9 @@ def ingest(path: str, overrides: tuple[str, ...], address: str) -> None:
     """
     config = load_config(path, overrides, environment=os.environ)
     if config.kafka.bootstrap_servers is None:
-        raise ConfigError("kafka.bootstrap_servers is not set", path, "name the cluster's brokers, e.g. --set kafka.bootstrap_servers=127.0.0.1:9092")
+        raise ConfigError(
+            "kafka.bootstrap_servers is not set", path, "name the cluster's brokers, e.g. --set kafka.bootstrap_servers=127.0.0.1:9092"
+        )
     ensure_topics(config.kafka)
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     stop = stop_on_signals()

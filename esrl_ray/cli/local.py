@@ -58,7 +58,7 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
         ConfigError: the folder is used by another run or holds files that are not a run's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w", encoding="utf-8") as lock:
+    with (folder / LOCK).open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -127,7 +127,9 @@ class RayWatch:
         """Raise LoopError when one of them is gone."""
         for process in self._processes:
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                raise LoopError(f"Ray's process {process.pid} ended", "this machine", "look at its logs with --keep-ray-logs, then start again")
+                raise LoopError(
+                    f"Ray's process {process.pid} ended", "this machine", "look at its logs with --keep-ray-logs, then start again"
+                )
 
 
 def pss_bytes(run: LocalRun) -> int:

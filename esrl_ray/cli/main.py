@@ -19,7 +19,7 @@ from esrl_ray.errors import EsrlError
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("-v", "--verbose", is_flag=True, help="Log one line per change of state.")
-def cli(verbose: bool) -> None:  # noqa: FBT001 - click passes flags by name
+def cli(verbose: bool) -> None:
     """Online reinforcement learning for multi-task fusion: decide, log, join, replay, learn, publish."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 

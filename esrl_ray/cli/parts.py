@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +17,30 @@ import ray
 from ray.actor import ActorHandle
 
 from esrl_ray import actors
+from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
 from esrl_ray.errors import EsrlError
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
-from esrl_ray.policy.store_actor import PolicyStoreActor
+from serve.deployment import policy_store
 from streaming.deadletter import DeadLetters
 from streaming.source import Source
 from streaming.steplog import StepLog, read_commits
 from streaming.worker import IngestWorker
 
+__all__ = [
+    "IngestPart",
+    "LearnerPart",
+    "log_root",
+    "policy_store",
+    "replay_shards",
+    "spawn_ingest",
+    "spawn_learner",
+    "training_loop",
+    "worker_names",
+]
+
 _logger = logging.getLogger(__name__)
-
-
-def clock_ms() -> int:
-    """Wall clock in epoch milliseconds: the composition root's clock."""
-    return time.time_ns() // 1_000_000
 
 
 def log_root(config: Config) -> Path:
@@ -44,11 +51,6 @@ def log_root(config: Config) -> Path:
 def worker_names(config: Config) -> list[str]:
     """Names of the ingest workers; worker i owns the partitions p with p % num_workers == i."""
     return [f"ingest-{i}" for i in range(config.ingest.num_workers)]
-
-
-def policy_store(config: Config) -> ActorHandle:
-    """The detached policy store, made by whoever comes first."""
-    return actors.spawn(actors.POLICY_STORE, PolicyStoreActor, config.run.path / "policies", config, detached=True, max_concurrency=1000)
 
 
 def replay_shards(config: Config) -> list[ActorHandle]:

@@ -56,6 +56,6 @@ class TrafficPart:
         moment: int = self._traffic.counts.first_decision_ms
         return moment
 
-    async def status(self, whole: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - crosses Ray by position
+    async def status(self, whole: bool = False) -> dict[str, Any]:
         """Numbers so far; `whole` adds every latency."""
         return {**self._traffic.status(whole=whole), "acked": dict(self._producer.acked), "pid": os.getpid()}

@@ -74,7 +74,9 @@ class Policy:
     def static(cls, spec: Spec, action: Floats | None = None, *, note: str = "control") -> Self:
         """A policy that gives every pair the same action; the default a = 0 is the hand-made control policy."""
         vector = np.zeros(spec.num_actions, np.float32) if action is None else np.asarray(action, np.float32)
-        return cls._sealed(Manifest(version=0, digest="", kind=PolicyKind.STATIC, spec=spec, note=note), {"action": vector}, Normaliser.identity(spec))
+        return cls._sealed(
+            Manifest(version=0, digest="", kind=PolicyKind.STATIC, spec=spec, note=note), {"action": vector}, Normaliser.identity(spec)
+        )
 
     @classmethod
     def pair(cls, manifest: Manifest, parameters: Mapping[str, Floats], normaliser: Normaliser) -> Self:
@@ -104,7 +106,8 @@ class Policy:
     def tensors(self) -> bytes:
         """Safetensors bytes of parameters and normaliser."""
         named = {f"parameters.{k}": np.ascontiguousarray(v, np.float32) for k, v in sorted(self.parameters.items())}
-        return save_tensors(named | {"normaliser.mean": self.normaliser.mean, "normaliser.std": self.normaliser.std})
+        blob: bytes = save_tensors(named | {"normaliser.mean": self.normaliser.mean, "normaliser.std": self.normaliser.std})
+        return blob
 
     @cached_property
     def actor(self) -> Actor:
@@ -160,7 +163,9 @@ class Policy:
         try:
             manifest = msgspec.json.decode(manifest_json, type=Manifest)
             if (digest := hashlib.sha256(tensors).hexdigest()) != manifest.digest:
-                raise PolicyRejected(f"sha256 of the tensors is {digest}, the manifest says {manifest.digest}", where, "delete this version")
+                raise PolicyRejected(
+                    f"sha256 of the tensors is {digest}, the manifest says {manifest.digest}", where, "delete this version"
+                )
             named = load_tensors(tensors)
             normaliser = Normaliser(named["normaliser.mean"], named["normaliser.std"])
         except (msgspec.MsgspecError, SafetensorError, KeyError) as error:

@@ -30,11 +30,16 @@ _USER, _THINK, _MOMENT, _DELAY, _LATE, _TWICE, _VANISH = range(100, 107)
 class Reply(Protocol):
     """What the endpoint answers: `serve.schemas.FuseReply`."""
 
-    decision_id: str
-    item_ids: list[str]
+    @property
+    def decision_id(self) -> str:
+        """Of the decision."""
+
+    @property
+    def item_ids(self) -> list[str]:
+        """Ranked, best first."""
 
 
-Fuse = Callable[[bytes], Awaitable[tuple[Reply, Mapping[str, str]]]]
+Fuse = Callable[[bytes], Awaitable[tuple[Any, Mapping[str, str]]]]
 """Sends a request's JSON; raises aiohttp.ClientError when there is no 200 after all tries."""
 Send = Callable[..., None]
 """Sends feedback: event_id, decision_id, session_id, behaviour, event_time_ms, item_id, value."""
@@ -162,7 +167,7 @@ class SimulatedTraffic:
             tokens = min(tokens + self._demo.requests_per_s * (now_ms - last_ms) / 1e3, self._demo.requests_per_s)
             last_ms = now_ms
             wanted = max(0, min(int(tokens), MAX_IN_FLIGHT - self._in_flight))
-            rows = []
+            rows: list[int] = []
             while self._due and self._due[0][0] <= now_ms and len(rows) < wanted:
                 rows.append(heapq.heappop(self._due)[1])
             rows += self._begin(wanted - len(rows))

@@ -1,0 +1,204 @@
+"""`esrl demo`: the whole loop on one machine, on real parts; then the report."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import ray
+from ray.actor import ActorHandle
+
+from esrl_ray import actors
+from esrl_ray.cli import parts
+from esrl_ray.cli.clock import clock_ms
+from esrl_ray.cli.collect import Readings, make_report
+from esrl_ray.cli.live import open_view
+from esrl_ray.cli.local import LocalRun, RayWatch, local_run, pss_bytes, say, start_ray
+from esrl_ray.cli.traffic import TrafficPart
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import BrokerError, LoopError
+from esrl_ray.evaluation.report import interval_text, promises, write_report
+from serve.app import deploy_local, serve_environment, stop_local
+from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
+
+POLL_S = 1.0
+MEMORY_EVERY_S = 10.0
+DRAIN_S = 30.0
+FIRST_DECISION_S = 120.0
+
+
+@dataclass
+class Loop:
+    """Handles of the running parts."""
+
+    config: Config
+    run: LocalRun
+    broker: EmbeddedBroker | None
+    ray_watch: RayWatch
+    store: ActorHandle
+    shards: list[ActorHandle]
+    workers: dict[str, ActorHandle]
+    learner: ActorHandle
+    traffic: ActorHandle
+    readings: Readings
+    told: set[str] = field(default_factory=set)
+
+    def check(self) -> None:
+        """Raise when something that cannot come back has ended."""
+        if self.broker is not None and not self.broker.alive:
+            raise BrokerError("the embedded broker ended", str(self.run.folder / "broker"), "read its log there")
+        self.ray_watch.check()
+
+    def poll(self) -> dict[str, Any]:
+        """One reading of every part's status; a part that is being restarted is left out."""
+        calls: dict[str, ActorHandle] = {**self.workers, "learner": self.learner, "traffic": self.traffic}
+        calls |= {f"replay-{i}": shard for i, shard in enumerate(self.shards)}
+        refs = {name: handle.status.remote() for name, handle in calls.items()}
+        ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=POLL_S)
+        statuses: dict[str, Any] = {}
+        for name, ref in refs.items():
+            if ref in ready:
+                try:
+                    statuses[name] = ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    if name not in self.told:
+                        say(f"{name} is being restarted: {str(error).splitlines()[0]}")
+                        self.told.add(name)
+                    continue
+                self.told.discard(name)
+                if fatal := statuses[name].get("error"):
+                    raise LoopError(f"{name} cannot go on: {fatal}")
+        self.readings.add(statuses)
+        return statuses
+
+
+@click.command()
+@click.option("--config", "path", help="YAML of the deployment; default configs/demo.yaml, or configs/kuairand.yaml with --data.")
+@click.option("--seconds", type=float, help="Length of the run, from the first served decision.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of a KuaiRand log: real input instead of the simulator.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder of everything that the run writes."
+)
+@click.option("--bootstrap-servers", help="Use this broker instead of an embedded one.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. learner.gamma=0.95.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as the last line of stdout.")
+def demo(
+    path: str | None,
+    seconds: float | None,
+    data: Path | None,
+    out: Path,
+    bootstrap_servers: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run the whole loop on this machine: decide, log, join, replay, learn, publish."""
+    began = time.monotonic()
+    changes = [*overrides, f"run.dir={out.resolve()}"]
+    if seconds is not None:
+        changes.append(f"demo.seconds={seconds}")
+    if bootstrap_servers is not None:
+        changes.append(f"kafka.bootstrap_servers={bootstrap_servers}")
+    config = load_config(path or ("configs/demo.yaml" if data is None else "configs/kuairand.yaml"), changes, environment=os.environ)
+    if data is not None:
+        from esrl_ray.simulation.kuairand import prepare
+
+        prepare(config, data, say=say)
+    with local_run(config.run.path) as run:
+        readings = run_loop(config, run, data, began=began)
+    report = make_report(config, readings, data=data, say=say)
+    json_file, html_file = write_report(report, config.run.path)
+    for promise in promises(report):
+        say(f"{'kept  ' if promise.kept else 'BROKEN' if not promise.timed else 'slow  '}  {promise.text}: {promise.value}")
+    if report.frozen is not None:
+        say(
+            f"frozen evaluation: control {report.frozen.control:.2f}, final {report.frozen.final:.2f}, difference {interval_text(report.frozen.difference)}"
+        )
+    say(f"report: {html_file} and {json_file}")
+    if as_json:
+        click.echo(report.json_line())
+
+
+def run_loop(config: Config, run: LocalRun, data: Path | None, *, began: float) -> Readings:
+    """Start every part, let the traffic run, close in order, and return what was seen.
+
+    Raises:
+        LoopError, BrokerError: a part that cannot come back ended.
+    """
+    with ExitStack() as stack:
+        broker = None
+        if config.kafka.bootstrap_servers is None:
+            broker = stack.enter_context(EmbeddedBroker.start(run.temporary / "broker", say=say))
+            changes: dict[str, Any] = {"bootstrap_servers": broker.bootstrap_servers}
+        else:  # topics of this run only: an older run's events would not be ours to count
+            changes = {
+                "decisions_topic": f"{config.kafka.decisions_topic}.{run.id}",
+                "feedback_topic": f"{config.kafka.feedback_topic}.{run.id}",
+            }
+            say(f"topics on {config.kafka.bootstrap_servers}: {', '.join(changes.values())}")
+        config = config.model_copy(update={"kafka": config.kafka.model_copy(update=changes)})
+        ensure_topics(config.kafka)
+        say(f"Kafka is up ({time.monotonic() - began:.0f} s)")
+        start_ray(run, serve_environment(run.temporary / "ha"))
+        say(f"Ray is up ({time.monotonic() - began:.0f} s)")
+        store, shards = parts.policy_store(config), parts.replay_shards(config)
+        url = deploy_local(config)
+        say(f"serving at {url} ({time.monotonic() - began:.0f} s)")
+        workers = parts.spawn_ingest(config, shards)
+        learner = parts.spawn_learner(config, store, shards)
+        traffic = actors.spawn("traffic", TrafficPart, config, url, data, max_concurrency=16)
+        loop = Loop(
+            config, run, broker, RayWatch(run), store, shards, workers, learner, traffic, Readings(config=config, started_ms=clock_ms())
+        )
+        drive(loop, began=began)
+        return loop.readings
+
+
+def drive(loop: Loop, *, began: float) -> None:
+    """Run the traffic for its time, then close: stop traffic, flush, read to the end offsets, last commit."""
+    config, readings = loop.config, loop.readings
+    running = loop.traffic.run.remote()
+    deadline = time.monotonic() + FIRST_DECISION_S
+    while not (first_ms := actors.ask(loop.traffic.first_decision_ms.remote)):
+        loop.check()
+        if time.monotonic() > deadline:
+            raise LoopError(f"no decision was served within {FIRST_DECISION_S:.0f} s", "traffic", f"status: {loop.poll()}")
+        time.sleep(0.1)
+    readings.first_decision_ms = first_ms
+    readings.seconds_to_first_decision = time.monotonic() - began - (clock_ms() - first_ms) / 1e3
+    end = time.monotonic() + config.demo.seconds
+    next_memory = 0.0
+    with open_view() as view:
+        while (now := time.monotonic()) < end:
+            loop.check()
+            statuses = loop.poll()
+            if now >= next_memory:
+                readings.peak_rss_bytes = max(readings.peak_rss_bytes, pss_bytes(loop.run))
+                next_memory = now + MEMORY_EVERY_S
+            view.update(readings.live(seconds_left=end - now, arms={}))
+            if statuses.get("traffic", {}).get("finished"):
+                say("the input is at its end")
+                break
+            time.sleep(POLL_S)
+    readings.stop_ms = clock_ms()
+    say("closing: stopping the traffic")
+    actors.ask(loop.traffic.stop.remote, timeout_s=30.0)
+    ray.get(running, timeout=60.0)
+    readings.add({"traffic": actors.ask(loop.traffic.status.remote, True, timeout_s=30.0)})
+    readings.replicas = stop_local(config)
+    say("closing: reading to the end offsets")
+    offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in end_offsets(config.kafka).items()}
+    readings.end_offsets = offsets
+    drains = {name: worker.drain.remote(offsets, DRAIN_S) for name, worker in loop.workers.items()}
+    readings.add({name: ray.get(ref, timeout=DRAIN_S + 60.0) for name, ref in drains.items()})
+    actors.ask(loop.learner.halt.remote, timeout_s=30.0)
+    for i, shard in enumerate(loop.shards):
+        actors.ask(shard.catch_up.remote, timeout_s=30.0)
+        readings.add({f"replay-{i}": actors.ask(shard.status.remote, timeout_s=30.0)})
+    readings.add({"learner": actors.ask(loop.learner.status.remote, otherwise=readings.last.get("learner", {}))})
+    readings.manifests = actors.ask(loop.store.manifests.remote, otherwise=[])
+    readings.published_ms = actors.ask(loop.store.published_ms.remote, otherwise={})

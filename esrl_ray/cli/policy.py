@@ -1,0 +1,136 @@
+"""`esrl policy`: which versions there are, which one serves, and the ways back: rollback, pin, unpin. `pin static` is the kill switch.
+
+`list` and `show` read the files. The others change what serves: through the store's actor when one owns the files, else on the files.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import msgspec
+import ray
+
+from esrl_ray import actors
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import EsrlError, PolicyRejected
+from esrl_ray.policy.policy import Policy
+from esrl_ray.policy.store import CURRENT_FILE, Current, PolicyStore, read_current, read_manifests, version_folder
+from esrl_ray.policy.store_actor import own, wall_clock_ms
+from esrl_ray.vocabulary import cut_lineage
+
+ANSWER_S = 30.0
+
+
+@click.group("policy")
+def policy_group() -> None:
+    """See and steer which policy serves."""
+
+
+def _deployment(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say which deployment; the command gets its configuration."""
+
+    @click.option("--config", "path", default="configs/online.yaml", show_default=True, help="YAML of the deployment.")
+    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. run.dir=runs/demo.")
+    @functools.wraps(command)
+    def with_config(path: str, overrides: tuple[str, ...], **options: object) -> None:
+        command(load_config(path, overrides, environment=os.environ), **options)
+
+    return with_config
+
+
+_address = click.option("--address", help="Ray cluster of the running store; default: the one on this machine, when it owns the files.")
+
+
+@policy_group.command("list")
+@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="How many, newest first.")
+@_deployment
+def list_versions(config: Config, *, last: int) -> None:
+    """Versions, newest first; `*` serves, `a` is the anchor of exploration."""
+    current = _current(config)
+    for manifest in reversed(read_manifests(_folder(config))[-last:]):
+        marks = ("*" if manifest.version == current.version else " ") + ("a" if manifest.version == current.round.anchor_version else " ")
+        click.echo(
+            f"{marks} {manifest.version:6d}  {manifest.kind.value:6}  round {manifest.round:3d}  "
+            f"{manifest.gradient_steps:8d} gradient steps  {manifest.digest[:12]}  {manifest.note or manifest.verdict}"
+        )
+    click.echo(f"round {current.round.number}, {'PINNED' if current.pinned else 'not pinned'}")
+
+
+@policy_group.command()
+@click.argument("version", type=click.IntRange(min=1))
+@_deployment
+def show(config: Config, *, version: int) -> None:
+    """The manifest of one version as JSON, after checking the sha256 of its tensors."""
+    manifest = Policy.load(version_folder(_folder(config), version)).manifest
+    click.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=1).decode())
+    click.echo(f"whole; trained on {cut_lineage(manifest.lineage) or 'nothing'}", err=True)
+
+
+@policy_group.command()
+@click.argument("version", type=click.IntRange(min=1))
+@_address
+@_deployment
+def rollback(config: Config, *, address: str | None, version: int) -> None:
+    """Serve an old version's parameters under a new number, until the learner publishes again. To hold it, pin it."""
+    new = _change(config, address, "rollback", version)
+    click.echo(f"version {new} serves the parameters of {version}")
+
+
+@policy_group.command()
+@click.argument("version")
+@_address
+@_deployment
+def pin(config: Config, *, address: str | None, version: str) -> None:
+    """Serve VERSION to everyone, without exploration, until `unpin`; `static` is the hand-made control policy: the kill switch."""
+    if version != "static" and not version.isdigit():
+        raise click.BadParameter(f"{version!r} is neither a number nor 'static'")
+    new = _change(config, address, "pin", version if version == "static" else int(version))
+    click.echo(
+        f"version {new} is pinned: it serves {'the control policy' if version == 'static' else f'the parameters of {version}'} to everyone"
+    )
+
+
+@policy_group.command()
+@_address
+@_deployment
+def unpin(config: Config, *, address: str | None) -> None:
+    """End a pin: the newest version serves again."""
+    _change(config, address, "unpin")
+    click.echo(f"not pinned; version {_current(config).version} serves")
+
+
+def _folder(config: Config) -> Path:
+    return config.run.path / "policies"
+
+
+def _current(config: Config) -> Current:
+    current = read_current(_folder(config))
+    if current is None:
+        raise PolicyRejected(
+            "no policy has been published", str(_folder(config) / CURRENT_FILE), "name the run with --config or --set run.dir=..."
+        )
+    return current
+
+
+def _change(config: Config, address: str | None, method: str, *args: int | str) -> object:
+    """Call one method of the store: of its actor when an address is named or a process owns the files, else on the files."""
+    _current(config)  # a wrong folder is an error here, not a new store there
+    if address is None:
+        with own(_folder(config)) as owned:
+            if owned:
+                return getattr(PolicyStore(_folder(config), config, clock_ms=wall_clock_ms), method)(*args)
+    try:
+        ray.init(address=address or "auto", namespace=actors.NAMESPACE, log_to_driver=False, configure_logging=False)
+        store = actors.find(actors.POLICY_STORE)
+    except (ConnectionError, ValueError) as error:
+        raise EsrlError(
+            f"no policy store answers: {str(error).splitlines()[0]}", address or "this machine", "name the cluster with --address"
+        ) from error
+    try:
+        return ray.get(getattr(store, method).remote(*args), timeout=ANSWER_S)
+    finally:
+        ray.shutdown()
