@@ -248,7 +248,7 @@ def _files(table: DeltaTable) -> list[tuple[int, int, str]]:
     return sorted(zip(*columns, strict=True))
 
 
-def read_commits(root: str | Path, worker: str, *, after: int = -1) -> Iterator[tuple[int, pa.Table]]:
+def read_commits(root: str | Path, worker: str, after: int = -1) -> Iterator[tuple[int, pa.Table]]:
     """Commits of one worker in order, each with its rows; a commit without rows comes with an empty table.
 
     Args:

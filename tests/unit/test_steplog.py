@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from deltalake import DeltaTable
 
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import Fenced, LogError
+from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.vocabulary import Ended
 from streaming.steplog import STATE_FOLDER, StepLog, WorkerState, commit_history, list_workers, read_commits, read_steps
 from streaming.steptable import rows_to_table
@@ -117,3 +119,10 @@ def test_rows_of_another_width_are_refused(tmp_path: Path, config: Config) -> No
     with pytest.raises(LogError, match=r"scores of step a has 3 values, expected 3 pairs x 5"):
         log_of(tmp_path, config).commit(state(0), rows_to_table([step(other, "a")]))
     assert log_of(tmp_path, config).restore() is None
+
+
+def test_a_buffer_refills_itself_from_the_log_on_disk(tmp_path: Path, config: Config) -> None:
+    fill(tmp_path, config)
+    buffer = ReplayBuffer(config, seed=0, read_log=partial(read_commits, str(tmp_path)))
+    buffer.refill(["w"])
+    assert buffer.lineage == {"w": 2} and buffer.samplable_ids() == {"a"} and buffer.chain("a", 2) == ["a", "b"]
