@@ -1,0 +1,145 @@
+"""Actor, critics, and the exact folding of normaliser and value scales."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from esrl_ray.algo.networks import Actor, Critics, Networks
+from esrl_ray.normaliser import Normaliser, numeric_input
+from esrl_ray.spec import CategoricalFeature, Spec
+
+SPEC = Spec(
+    user_features=("u",),
+    item_features=("i", "j"),
+    context_features=(),
+    categorical_features=(CategoricalFeature("tab", 4, "context"), CategoricalFeature("tag", 7, "item")),
+    scores=("click", "watch"),
+    power_base=(1.0, 1.0),
+    power_span=1.2,
+    bias_base=0.55,
+    bias_span=0.5,
+)
+N = 11
+
+
+def _inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    states = rng.normal(3, 20, (N, 3)).astype(np.float32)
+    scores = rng.uniform(1e-4, 5, (N, 2)).astype(np.float32)
+    codes = np.stack([rng.integers(0, 4, N), rng.integers(0, 7, N)], -1)
+    relative = rng.uniform(-0.5, 0.5, (N, 4)).astype(np.float32)
+    return torch.from_numpy(states), torch.from_numpy(scores), torch.from_numpy(codes), torch.from_numpy(relative)
+
+
+def _loud(actor: Actor) -> None:
+    """Large last layer, so that differences show."""
+    last = actor.layers[-1]
+    assert isinstance(last, torch.nn.Linear)
+    torch.nn.init.normal_(last.weight, 0, 0.3)
+
+
+def _networks() -> Networks:
+    torch.manual_seed(0)
+    return Networks(SPEC, 2, 3, hidden_sizes=(16, 8), embedding_size=5)
+
+
+def _normaliser(seed: int) -> Normaliser:
+    rng = np.random.default_rng(seed)
+    return Normaliser(rng.normal(2, 3, 5).astype(np.float32), rng.uniform(0.2, 25, 5).astype(np.float32))
+
+
+def test_an_actor_starts_at_the_control_policy() -> None:
+    torch.manual_seed(0)
+    numeric, codes = torch.randn(50, 5), torch.zeros(50, 2, dtype=torch.int64)
+    actions = Actor(SPEC, (64, 64), 5)(numeric, codes).detach()
+    assert actions.shape == (50, 4)
+    assert float(actions.abs().max()) < 0.02
+
+
+def test_an_actor_reads_any_leading_shape() -> None:
+    actor, numeric, codes = Actor(SPEC, (8,), 5), torch.randn(2, 3, 5), torch.ones(2, 3, 2, dtype=torch.int64)
+    assert torch.allclose(actor(numeric, codes)[1, 2], actor(numeric[1, 2], codes[1, 2]), atol=1e-6)
+
+
+def test_the_ensemble_equals_separate_critics() -> None:
+    critics = Critics(SPEC, 2, 3, hidden_sizes=(16, 8), embedding_size=5)
+    states, scores, codes, relative = _inputs()
+    numeric = torch.cat([states, scores], -1)
+    got = critics(numeric, codes, relative)
+    assert got.shape == (2, 3, N)
+    for e in range(6):
+        x = torch.cat([numeric, relative, critics.embeddings[0][e][codes[:, 0]], critics.embeddings[1][e][codes[:, 1]]], -1)
+        x = torch.relu(x @ critics.weights[0][e] + critics.biases[0][e])
+        x = torch.relu(x @ critics.weights[1][e] + critics.biases[1][e])
+        x = x @ critics.weights[2][e] + critics.biases[2][e]
+        assert torch.allclose(got[e // 3, e % 3], x[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_critic_is_independent_of_the_others() -> None:
+    critics = Critics(SPEC, 2, 3, hidden_sizes=(16, 8), embedding_size=5)
+    states, scores, codes, relative = _inputs()
+    value = critics(torch.cat([states, scores], -1), codes, relative)[1, 0].sum()  # critic number 3
+    for gradient in torch.autograd.grad(value, list(critics.parameters())):
+        assert bool((gradient[[0, 1, 2, 4, 5]] == 0).all())
+    assert not torch.equal(critics.weights[0][0], critics.weights[0][1])
+
+
+def test_numeric_input_on_the_device_equals_numpy() -> None:
+    networks, normaliser = _networks(), _normaliser(1)
+    networks.set_scales(normaliser, np.ones(2, np.float32), fold=False)
+    states, scores, _, _ = _inputs()
+    scores[0, 0] = 0.0
+    want = (numeric_input(states.numpy(), scores.numpy()) - normaliser.mean) / normaliser.std
+    np.testing.assert_allclose(networks.numeric(states, scores).numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_folding_changes_no_function() -> None:
+    networks = _networks()
+    networks.set_scales(_normaliser(1), np.array([0.5, 2.0], np.float32), fold=False)
+    for actor in (networks.actor, networks.target_actor, networks.anchor):
+        _loud(actor)
+    states, scores, codes, relative = _inputs()
+
+    def outputs() -> list[torch.Tensor]:
+        numeric = networks.numeric(states, scores)
+        actions = [actor(numeric, codes) for actor in (networks.actor, networks.target_actor, networks.anchor)]
+        scale = networks.value_scale[:, None, None]
+        return actions + [scale * critics(numeric, codes, relative) for critics in (networks.critics, networks.target_critics)]
+
+    before = outputs()
+    networks.set_scales(_normaliser(2), np.array([1.5, 0.7], np.float32), fold=True)
+    for old, new in zip(before, outputs(), strict=True):
+        assert torch.allclose(old, new, rtol=1e-5, atol=1e-5)
+    assert networks.normaliser.mean.tolist() == _normaliser(2).mean.tolist()
+
+
+def test_the_anchor_is_the_policy_it_was_made_of() -> None:
+    networks, own = _networks(), _normaliser(3)
+    networks.set_scales(_normaliser(1), np.ones(2, np.float32), fold=False)
+    torch.manual_seed(5)
+    policy = Actor(SPEC, (16, 8), 5)
+    _loud(policy)
+    networks.set_anchor({k: v.numpy() for k, v in policy.state_dict().items()}, own)
+    states, scores, codes, _ = _inputs()
+    raw = torch.from_numpy((numeric_input(states.numpy(), scores.numpy()) - own.mean) / own.std)
+    want = policy(raw, codes)
+    assert torch.allclose(networks.anchor(networks.numeric(states, scores), codes), want, rtol=1e-5, atol=1e-5)
+    networks.start_from_anchor()
+    assert torch.allclose(networks.actor(networks.numeric(states, scores), codes), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4])
+def test_a_static_anchor_gives_its_action_to_every_pair(value: float) -> None:
+    networks = _networks()
+    networks.set_static_anchor(np.full(4, value, np.float32))
+    states, scores, codes, _ = _inputs()
+    assert torch.allclose(networks.anchor(networks.numeric(states, scores), codes), torch.full((N, 4), value), atol=1e-6)
+
+
+def test_targets_and_anchor_are_not_trained() -> None:
+    networks = _networks()
+    for frozen in (networks.target_actor, networks.target_critics, networks.anchor):
+        assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in [*networks.actor.parameters(), *networks.critics.parameters()])
