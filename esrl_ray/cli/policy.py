@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from esrl_ray.policy.store import CURRENT_FILE, Current, PolicyStore, read_curre
 from esrl_ray.policy.store_actor import own, wall_clock_ms
 from esrl_ray.vocabulary import cut_lineage
 
-ANSWER_S = 30.0
+CONNECT_S, ANSWER_S = 5.0, 30.0
 
 
 @click.group("policy")
@@ -124,9 +125,12 @@ def _change(config: Config, address: str | None, method: str, *args: int | str) 
             if owned:
                 return getattr(PolicyStore(_folder(config), config, clock_ms=wall_clock_ms), method)(*args)
     try:
+        if address is not None and "://" not in address:  # `ray.init` waits for minutes for an address where nobody listens
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         ray.init(address=address or "auto", namespace=actors.NAMESPACE, log_to_driver=False, configure_logging=False)
         store = actors.find(actors.POLICY_STORE)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise EsrlError(
             f"no policy store answers: {str(error).splitlines()[0]}", address or "this machine", "name the cluster with --address"
         ) from error

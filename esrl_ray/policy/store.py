@@ -23,7 +23,7 @@ import msgspec
 from esrl_ray.config import Config
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.evaluation.gate import judge
-from esrl_ray.policy.policy import Manifest, Policy
+from esrl_ray.policy.policy import MANIFEST_FILE, Manifest, Policy
 from esrl_ray.vocabulary import Round, TransitionBatch
 
 CURRENT_FILE, HISTORY_FILE = "current.json", "history.jsonl"
@@ -65,7 +65,7 @@ def read_snapshot(folder: Path) -> PolicySnapshot:
     Raises:
         PolicyRejected: there is no `current.json`, or a file is damaged.
     """
-    current = _read_current(folder)
+    current = read_current(folder)
     if current is None:
         raise PolicyRejected("no policy has been published", str(folder / CURRENT_FILE), "start the policy store first")
     return _snapshot(folder, current)
@@ -77,7 +77,12 @@ def _snapshot(folder: Path, current: Current) -> PolicySnapshot:
     return PolicySnapshot(current.sequence, policy.to_bytes(), anchor.to_bytes(), current.round, current.pinned, current.published_ms)
 
 
-def _read_current(folder: Path) -> Current | None:
+def read_current(folder: Path) -> Current | None:
+    """What `current.json` says; None when there is none.
+
+    Raises:
+        PolicyRejected: it is damaged.
+    """
     path = folder / CURRENT_FILE
     if not path.exists():
         return None
@@ -85,6 +90,17 @@ def _read_current(folder: Path) -> Current | None:
         return msgspec.json.decode(path.read_bytes(), type=Current)
     except msgspec.MsgspecError as error:
         raise PolicyRejected(f"not a state of the policy store: {error}", str(path), "restore the file") from error
+
+
+def read_manifests(folder: Path) -> list[Manifest]:
+    """Manifests of all versions in a folder, oldest first; damaged ones are left out. The tensors are not looked at."""
+    manifests = []
+    for path in sorted(folder.glob(f"[0-9]*/{MANIFEST_FILE}")):
+        try:
+            manifests.append(msgspec.json.decode(path.read_bytes(), type=Manifest))
+        except msgspec.MsgspecError as error:
+            _logger.warning("skipping a damaged manifest: %s: %s", path, error)
+    return manifests
 
 
 def _read_history(folder: Path) -> dict[int, int]:
@@ -119,11 +135,9 @@ class PolicyStore:
             if leftover.is_dir():
                 shutil.rmtree(leftover)
         self._newest = max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
-        self._manifests: dict[int, Manifest] = {}
-        for version in range(1, self._newest + 1):
-            self._read_manifest(version)
+        self._manifests = {manifest.version: manifest for manifest in read_manifests(folder)}
         self._published_ms = _read_history(folder)
-        current = _read_current(folder)
+        current = read_current(folder)
         if current is None:
             bounds = config.exploration
             self._current = Current(0, 0, Round(0, self._newest + 1, 0, bounds.low, bounds.high, clock_ms()), pinned=False, published_ms=0)
@@ -303,12 +317,3 @@ class PolicyStore:
                 self._offer(new)
                 return
             raise
-
-    def _read_manifest(self, version: int) -> None:
-        path = version_folder(self._folder, version) / "manifest.json"
-        if not path.exists():
-            return  # a number that was skipped
-        try:
-            self._manifests[version] = msgspec.json.decode(path.read_bytes(), type=Manifest)
-        except msgspec.MsgspecError as error:
-            _logger.warning("skipping a damaged manifest: %s: %s", path, error)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from esrl_ray.config import Config
 from esrl_ray.errors import PolicyRejected
@@ -25,30 +25,30 @@ def wall_clock_ms() -> int:
 
 
 @contextmanager
-def own(folder: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Own a policy folder inside the block. The lock dies with its process, also by kill -9.
+def own(folder: Path, *, wait_s: float = 0.0) -> Iterator[bool]:
+    """Own a policy folder inside the block, if nobody else does. The lock dies with its process, also by kill -9.
 
     Args:
         folder: Of the policies; made when it is not there.
-        wait_s: How long to wait for a former owner to end.
+        wait_s: How long to wait for another owner to end.
 
-    Raises:
-        PolicyRejected: another process owns it.
+    Yields:
+        Whether this process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
     with (folder / LOCK_FILE).open("w", encoding="utf-8") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    raise PolicyRejected(
-                        "another process owns this policy store", str(folder), "reach the running one with --address"
-                    ) from error
-                time.sleep(0.05)
-        yield
+        while not (owned := _lock(lock)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield owned
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class PolicyStoreActor:
@@ -61,13 +61,17 @@ class PolicyStoreActor:
         folder: Of the policies.
         config: Of the deployment.
         clock_ms: Wall clock.
+
+    Raises:
+        PolicyRejected: another process owns the folder and does not end, or see `PolicyStore`.
     """
 
     OWN_WAIT_S = 20.0
 
     def __init__(self, folder: Path, config: Config, clock_ms: Callable[[], int] = wall_clock_ms) -> None:
         self._owned = own(folder, wait_s=self.OWN_WAIT_S)
-        self._owned.__enter__()
+        if not self._owned.__enter__():
+            raise PolicyRejected("another process owns this policy store", str(folder), "end it, or use another run.dir")
         self._store = PolicyStore(folder, config, clock_ms=clock_ms)
         self._changed = asyncio.Condition()
 
