@@ -135,6 +135,8 @@ def _change(config: Config, address: str | None, method: str, *args: int | str) 
             f"no policy store answers: {str(error).splitlines()[0]}", address or "this machine", "name the cluster with --address"
         ) from error
     try:
+        if (theirs := ray.get(store.folder.remote(), timeout=ANSWER_S)) != _folder(config):
+            raise EsrlError(f"that cluster's policy store is for {theirs}", str(_folder(config)), "name the right cluster with --address")
         return ray.get(getattr(store, method).remote(*args), timeout=ANSWER_S)
     finally:
         ray.shutdown()

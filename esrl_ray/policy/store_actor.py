@@ -72,6 +72,7 @@ class PolicyStoreActor:
         self._owned = own(folder, wait_s=self.OWN_WAIT_S)
         if not self._owned.__enter__():
             raise PolicyRejected("another process owns this policy store", str(folder), "end it, or use another run.dir")
+        self._folder = folder
         self._store = PolicyStore(folder, config, clock_ms=clock_ms)
         self._changed = asyncio.Condition()
 
@@ -114,6 +115,10 @@ class PolicyStoreActor:
     async def published_ms(self) -> dict[int, int]:
         """See `PolicyStore.published_ms`."""
         return self._store.published_ms()
+
+    async def folder(self) -> Path:
+        """The folder that it owns."""
+        return self._folder
 
     async def load_bytes(self, version: int) -> bytes:
         """`Policy.to_bytes` of one version."""

@@ -255,7 +255,7 @@ def test_waiting_for_news_returns_at_once_later_or_never(tmp_path: Path) -> None
             assert found is not None and found.sequence > have
         assert Policy.from_bytes(await actor.load_bytes(2)).version == 2
         assert [m.version for m in await actor.manifests()] == [1, 2, 3, 4]
-        assert set(await actor.published_ms()) == {1, 2, 3, 4}
+        assert set(await actor.published_ms()) == {1, 2, 3, 4} and await actor.folder() == tmp_path
 
     asyncio.run(scenario())
 
