@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import ray
 from ray.actor import ActorHandle
 
@@ -114,10 +115,8 @@ def demo(
     json_file, html_file = write_report(report, config.run.path)
     for promise in promises(report):
         say(f"{'kept  ' if promise.kept else 'BROKEN' if not promise.timed else 'slow  '}  {promise.text}: {promise.value}")
-    if report.frozen is not None:
-        say(
-            f"frozen evaluation: control {report.frozen.control:.2f}, final {report.frozen.final:.2f}, difference {interval_text(report.frozen.difference)}"
-        )
+    if (frozen := report.frozen) is not None:
+        say(f"frozen evaluation: control {frozen.control:.2f}, final {frozen.final:.2f}, difference {interval_text(frozen.difference)}")
     say(f"report: {html_file} and {json_file}")
     if as_json:
         click.echo(report.json_line())
@@ -145,23 +144,23 @@ def run_loop(config: Config, run: LocalRun, data: Path | None, *, began: float) 
         say(f"Kafka is up ({time.monotonic() - began:.0f} s)")
         start_ray(run, serve_environment(run.temporary / "ha"))
         say(f"Ray is up ({time.monotonic() - began:.0f} s)")
-        store, shards = parts.policy_store(config), parts.replay_shards(config)
-        url = deploy_local(config)
+        watch = RayWatch(run)
+        store = parts.policy_store(config)
+        url = deploy_local(config)  # first: everything else may come up while the first decisions are served
         say(f"serving at {url} ({time.monotonic() - began:.0f} s)")
+        traffic = actors.spawn("traffic", TrafficPart, config, url, data, max_concurrency=16)
+        running = traffic.run.remote()
+        shards = parts.replay_shards(config)
         workers = parts.spawn_ingest(config, shards)
         learner = parts.spawn_learner(config, store, shards)
-        traffic = actors.spawn("traffic", TrafficPart, config, url, data, max_concurrency=16)
-        loop = Loop(
-            config, run, broker, RayWatch(run), store, shards, workers, learner, traffic, Readings(config=config, started_ms=clock_ms())
-        )
-        drive(loop, began=began)
+        loop = Loop(config, run, broker, watch, store, shards, workers, learner, traffic, Readings(config=config, started_ms=clock_ms()))
+        drive(loop, running)
         return loop.readings
 
 
-def drive(loop: Loop, *, began: float) -> None:
+def drive(loop: Loop, running: ray.ObjectRef) -> None:
     """Run the traffic for its time, then close: stop traffic, flush, read to the end offsets, last commit."""
     config, readings = loop.config, loop.readings
-    running = loop.traffic.run.remote()
     deadline = time.monotonic() + FIRST_DECISION_S
     while not (first_ms := actors.ask(loop.traffic.first_decision_ms.remote)):
         loop.check()
@@ -169,7 +168,7 @@ def drive(loop: Loop, *, began: float) -> None:
             raise LoopError(f"no decision was served within {FIRST_DECISION_S:.0f} s", "traffic", f"status: {loop.poll()}")
         time.sleep(0.1)
     readings.first_decision_ms = first_ms
-    readings.seconds_to_first_decision = time.monotonic() - began - (clock_ms() - first_ms) / 1e3
+    readings.seconds_to_first_decision = first_ms / 1e3 - psutil.Process().create_time()
     end = time.monotonic() + config.demo.seconds
     next_memory = 0.0
     with open_view() as view:

@@ -21,6 +21,7 @@ from esrl_ray.errors import EsrlError
 @click.option("-v", "--verbose", is_flag=True, help="Log one line per change of state.")
 def cli(verbose: bool) -> None:
     """Online reinforcement learning for multi-task fusion: decide, log, join, replay, learn, publish."""
+    logging.getLogger("kafka").propagate = False
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 

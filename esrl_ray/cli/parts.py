@@ -8,7 +8,7 @@ import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,7 @@ from streaming.source import Source
 from streaming.steplog import StepLog, read_commits
 from streaming.worker import IngestWorker
 
-__all__ = [
-    "IngestPart",
-    "LearnerPart",
-    "log_root",
-    "policy_store",
-    "replay_shards",
-    "spawn_ingest",
-    "spawn_learner",
-    "training_loop",
-    "worker_names",
-]
+__all__ = ["policy_store"]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +43,10 @@ def worker_names(config: Config) -> list[str]:
     return [f"ingest-{i}" for i in range(config.ingest.num_workers)]
 
 
+def _commits_after(root: str, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
+    return read_commits(root, worker, after=after)
+
+
 def replay_shards(config: Config) -> list[ActorHandle]:
     """The detached replay shards, made by whoever comes first; shard i is fed by the workers j with j % num_shards == i."""
     root, count = str(log_root(config)), config.replay.num_shards
@@ -62,7 +56,7 @@ def replay_shards(config: Config) -> list[ActorHandle]:
             ReplayShard,
             config,
             config.learner.seed + i,
-            functools.partial(read_commits, root),
+            functools.partial(_commits_after, root),
             clock_ms,
             worker_names(config)[i::count],
             detached=True,
@@ -97,8 +91,8 @@ class Publisher:
 class Part:
     """A thread that runs one plain part; the actor stays free to answer `status`.
 
-    A known error (`EsrlError`) ends the part and is kept in the status: coming back would not help. Any other exception ends the process, so
-    that Ray starts it again and it restores itself.
+    A known error (`EsrlError`) ends the part and is kept in the status: coming back would not help. Any other exception ends the
+    process, so that Ray starts it again and it restores itself.
     """
 
     def __init__(self, run: Callable[[threading.Event], object]) -> None:

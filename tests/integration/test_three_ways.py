@@ -1,0 +1,178 @@
+"""The three ways in, against one Ray cluster that this test starts as an operator would."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+
+from esrl_ray.cli import watchdog
+from esrl_ray.config import Config, load_config
+from serve.app import SERVE_ENVIRONMENT
+from serve.client import FuseClient
+from streaming.producer import EventProducer
+from streaming.wire import SCHEMA_VERSION, Feedback
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Addresses and environment of a running cluster."""
+
+    gcs: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([BIN / command[0], *command[1:]], cwd=ROOT, env=self.environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    mark = uuid.uuid4().hex[:8]
+    temporary = Path(f"/tmp/esrl-test-{mark}")
+    gcs, dashboard, client, agent, metrics, agent_grpc = free_ports(6)
+    environment = {**os.environ, **SERVE_ENVIRONMENT, watchdog.MARK: mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    log = tmp_path_factory.mktemp("cluster") / "ray.log"
+    command = [
+        "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--temp-dir={temporary}", f"--object-store-memory={200 * 2**20}", "--disable-usage-stats",
+    ]  # fmt: skip
+    pipe = watchdog.start(mark, [temporary])
+    found = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
+    head = found.start(*command, log=log)
+    deadline = time.monotonic() + 90
+    while subprocess.run([BIN / "ray", "job", "list", "--address", found.dashboard], cwd=ROOT, env=environment, capture_output=True, check=False).returncode:
+        assert head.poll() is None and time.monotonic() < deadline, f"the cluster did not start:\n{log.read_text()[-3000:]}"
+        time.sleep(1)
+    yield found
+    watchdog.end_all(mark)
+    head.wait(30)
+    pipe.close()
+
+
+def overrides(bootstrap: str, run_dir: Path, topics: str) -> list[str]:
+    """The operator's own values: everything else is configs/online.yaml, with times that suit a test."""
+    return [
+        f"run.dir={run_dir}", f"kafka.bootstrap_servers={bootstrap}", f"kafka.decisions_topic=decisions-{topics}", f"kafka.feedback_topic=feedback-{topics}",
+        "kafka.num_partitions=2", "ingest.num_workers=1", "ingest.commit_interval_s=0.5", "join.label_age_s=0.2", "join.lateness_s=0.2", "join.gap_s=2.0",
+        "replay.min_size=40", "replay.capacity=2000", "replay.samples_per_insert=200", "learner.batch_size=16", "learner.updates_per_call=4",
+        "exploration.warmup_steps=40", "exploration.round_steps=100", "policy.publish_interval_s=1.0", "serve.list_size=3", "serve.num_unshown=4",
+    ]  # fmt: skip
+
+
+def sets(values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def request_of(config: Config, session: str, user: str, rng: random.Random) -> dict[str, Any]:
+    spec = config.spec
+    return {
+        "request_id": uuid.uuid4().hex,
+        "session_id": session,
+        "user_id": user,
+        "user_features": [rng.gauss(0, 1) for _ in spec.user_features],
+        "context_features": [rng.gauss(0, 1) for _ in spec.context_features],
+        "context_categorical": {"tab": rng.randrange(16)},
+        "candidates": [
+            {"item_id": f"i{n}", "features": [rng.gauss(0, 1) for _ in spec.item_features], "scores": [rng.random() for _ in spec.scores]} for n in range(12)
+        ],
+    }
+
+
+async def visits(url: str, config: Config, producer: EventProducer, *, seconds: float, rng: random.Random) -> set[int]:
+    """Sessions of three pages each, one after the other, until the time is over; returns the policy versions that decided."""
+    versions: set[int] = set()
+    end = time.monotonic() + seconds
+    async with FuseClient(url) as client:
+        while time.monotonic() < end:
+            session, user = uuid.uuid4().hex, f"u{rng.randrange(50)}"
+            for page in range(3):
+                reply, headers = await client.fuse(request_of(config, session, user, rng))
+                versions.add(int(headers["x-policy-version"]))
+                for behaviour, item in [("shown", None), ("click", reply.item_ids[0]), *([("leave", None)] if page == 2 else [])]:
+                    producer.send(
+                        Feedback(
+                            schema_version=SCHEMA_VERSION,
+                            event_id=uuid.uuid4().hex,
+                            decision_id=reply.decision_id,
+                            session_id=session,
+                            behaviour=behaviour,
+                            event_time_ms=time.time_ns() // 1_000_000,
+                            item_id=item,
+                        )
+                    )
+                await asyncio.sleep(0.02)
+    return versions
+
+
+def test_serve_deploy_ingest_and_job_submit_make_one_loop(cluster: Cluster, broker: str, tmp_path: Path) -> None:
+    values = overrides(broker, tmp_path / "run", uuid.uuid4().hex[:6])
+    config = load_config(ROOT / "configs/online.yaml", values)
+    (port,) = free_ports(1)
+
+    deployed: dict[str, Any] = yaml.safe_load((ROOT / "configs/serve.yaml").read_text())
+    deployed["http_options"]["port"] = port
+    deployed["applications"][0]["args"] = {"config": str(ROOT / "configs/online.yaml"), "set": values}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(deployed))
+    done = subprocess.run(
+        [BIN / "serve", "deploy", "--address", cluster.dashboard, str(tmp_path / "serve.yaml")], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    ingest_log, url = tmp_path / "ingest.log", f"http://127.0.0.1:{port}"
+    ingest = cluster.start("esrl", "ingest", "--config", "configs/online.yaml", *sets(values), log=ingest_log)
+    submitted = subprocess.run(
+        [
+            BIN / "ray", "job", "submit", "--address", cluster.dashboard, "--no-wait", "--submission-id", "learn", "--working-dir", ".",
+            "--", "esrl", "train", "--config", "configs/online.yaml", *sets(values),
+        ], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+
+    producer = EventProducer(config.kafka, client_id="test", spool=None)
+    versions: set[int] = set()
+    deadline = time.monotonic() + 180
+    while len(versions) < 3 and time.monotonic() < deadline:
+        assert ingest.poll() is None, ingest_log.read_text()[-3000:]
+        try:
+            versions |= asyncio.run(visits(url, config, producer, seconds=10.0, rng=random.Random(len(versions))))
+        except aiohttp.ClientError:
+            time.sleep(1)  # the endpoint is not up yet
+    producer.close()
+    job_log = subprocess.run([BIN / "ray", "job", "logs", "--address", cluster.dashboard, "learn"], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert len(versions) >= 3, f"only versions {versions} served\ningest: {ingest_log.read_text()[-2000:]}\njob: {job_log.stdout[-3000:]}"
+
+    stopped = subprocess.run([BIN / "ray", "job", "stop", "--address", cluster.dashboard, "learn"], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    ingest.terminate()
+    assert ingest.wait(90) == 0, ingest_log.read_text()[-3000:]
+    assert "stopped after the last commit" in ingest_log.read_text()
+    shown = subprocess.run([BIN / "esrl", "log", "show", "--config", "configs/online.yaml", *sets(values)], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0 and "ingest-0" in shown.stdout, shown.stdout + shown.stderr
