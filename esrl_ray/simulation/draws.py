@@ -32,5 +32,10 @@ def uniform(*parts: Any) -> Doubles:
 
 def normal(*parts: Any) -> Doubles:
     """N(0, 1), one for each key."""
-    drawn: Doubles = ndtri(np.clip(uniform(*parts), 1e-12, 1 - 1e-12))
+    return normal_from(uniform(*parts))
+
+
+def normal_from(uniforms: Doubles) -> Doubles:
+    """N(0, 1) from U(0, 1) by the inverse of its distribution function."""
+    drawn: Doubles = ndtri(np.clip(uniforms, 1e-12, 1 - 1e-12))
     return drawn

@@ -40,22 +40,22 @@ class Upstream:
         """Fix the means that scores are centred on and divided by, on a sample of pairs.
 
         Args:
-            true: (n, 5) true values on the logit scale (log seconds for watch).
-            items: (n, 5) item features d, age, pop, q, b.
-            users: (n, 4) 1, act, pat, nov.
-            noise: (n, 5) standard normal.
+            true: (n, K, 5) true values on the logit scale (log seconds for watch).
+            items: (n, K, 5) item features d, age, pop, q, b.
+            users: (n, 1, 4) 1, act, pat, nov.
+            noise: (n, K, 5) standard normal.
         """
-        self._centre = true.mean(0)
+        self._centre = true.mean((0, 1))
         self._scale = np.ones(len(SCORES))
-        self._scale = self.scores(true, items, users, noise).mean(0)
+        self._scale = self.scores(true, items, users, noise).mean((0, 1))
 
     def scores(self, true: Doubles, items: Doubles, users: Doubles, noise: Doubles) -> Doubles:
         """Scores of pairs: positive, mean about 1.
 
         Args:
-            true, items, users, noise: As in `calibrate`, with any leading dimensions.
+            true, items, users, noise: As in `calibrate`.
         """
-        bias = np.einsum("...i,hij,...j->...h", items, self._distortion, users, optimize=True)
+        bias = items @ np.einsum("hij,nj->nih", self._distortion, users[:, 0], optimize=True)  # (n, K, 5)
         sigma = self._noise * (1 + 0.3 * np.tanh(-users[..., _ACT : _ACT + 1]) + 0.3 * np.tanh(items[..., _AGE : _AGE + 1]))
         y = SHRINK * (true - self._centre) + self._centre + bias + sigma * noise
         probability: Doubles = 1 / (1 + np.exp(-y))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError
-from esrl_ray.simulation.draws import Doubles, normal, uniform
+from esrl_ray.simulation.draws import Doubles, normal, normal_from, uniform
 from esrl_ray.simulation.upstream import SCORES, Upstream
 from esrl_ray.vocabulary import Floats
 
@@ -27,6 +27,7 @@ BEHAVIOURS = ("click", "watch_s", "like", "comment", "forward", "dislike")
 NUM_CATEGORIES, LATENT, POOL = 12, 8, 200
 POOL_FROM, EMA, VALID_S, WATCH_CAP_S = 1500, 0.7, 10.0, 240.0
 _POOL, _CANDIDATE, _SCORE, _EXAMINE, _CLICK, _WATCH, _SKIP, _LIKE, _COMMENT, _FORWARD, _DISLIKE, _LEAVE, _MOOD = range(13)
+_OUTCOMES = np.arange(_EXAMINE, _DISLIKE + 1)
 
 
 def sigmoid(x: Doubles) -> Doubles:
@@ -121,14 +122,15 @@ class World:
     def _calibrate(self, rng: np.random.Generator) -> None:
         users = rng.integers(0, len(self._u), 20_000)
         items = self._pools[users, rng.integers(0, POOL, 20_000)]
-        truth = self._truth(users[:, None], items[:, None], np.zeros((len(users), 1)), np.zeros((len(users), 1)))[:, 0]
-        self._upstream.calibrate(truth, self._item[items], self._user_terms(users), rng.standard_normal(truth.shape))
+        nothing = np.zeros((len(users), 1))
+        truth = self._truth(users[:, None], items[:, None], nothing, nothing)
+        self._upstream.calibrate(truth, self._item[items][:, None], self._user_terms(users[:, None]), rng.standard_normal(truth.shape))
 
     def _user_terms(self, users: Indices) -> Doubles:
         return np.concatenate([np.ones((*users.shape, 1)), self._profile[users][..., :3]], -1)
 
     def _pref(self, users: Indices, items: Indices) -> Doubles:
-        z = np.einsum("nd,nkd->nk", self._u[users[:, 0]], self._v[items]) / np.sqrt(LATENT)
+        z = (self._v[items] @ self._u[users[:, 0]][..., None])[..., 0] / np.sqrt(LATENT)
         d, age, q = self._item[items][..., 0], self._item[items][..., 1], self._item[items][..., 3]
         profile = self._profile[users]
         pref: Doubles = 0.9 * z + 0.5 * q + 0.35 * profile[..., 1] * d - 0.25 * profile[..., 2] * age
@@ -169,8 +171,7 @@ class World:
         fatigue = np.take_along_axis(sessions.fatigue, self._category[items], axis=1)
         truth = self._truth(users, items, fatigue, sessions.satisfaction[:, None])
         noise = normal(self._seed, ids[..., None], page[..., None], items[..., None] * len(SCORES) + np.arange(len(SCORES)), _SCORE)
-        users_wide = np.broadcast_to(users, items.shape)
-        scores = self._upstream.scores(truth, self._item[items], self._user_terms(users_wide), noise)
+        scores = self._upstream.scores(truth, self._item[items], self._user_terms(users), noise)
         features = [self._item[items][..., i] for i in range(3)] + [self._quality_proxy[items], self._bait_proxy[items], fatigue]
         return Page(
             items,
@@ -192,22 +193,21 @@ class World:
         """
         ids, page, users = sessions.ids[:, None], sessions.page[:, None], sessions.users[:, None]
 
-        def chance(purpose: int) -> Doubles:
-            return uniform(self._seed, ids, page, shown, purpose)
-
         fatigue = np.take_along_axis(sessions.fatigue, self._category[shown], axis=1)
         truth = self._truth(users, shown, fatigue, sessions.satisfaction[:, None])
         pref, item = self._pref(users, shown), self._item[shown]
         q, b = item[..., 3], item[..., 4]
-        examined = chance(_EXAMINE) < 1 - 0.06 * np.arange(shown.shape[1])
-        click = examined & (chance(_CLICK) < sigmoid(truth[..., 0]))
-        watch = np.exp(truth[..., 2] + 0.8 * normal(self._seed, ids, page, shown, _WATCH))
-        skim = 2 * np.exp(0.8 * normal(self._seed, ids, page, shown, _SKIP))
+        chances = np.moveaxis(uniform(self._seed, ids[..., None], page[..., None], shown[..., None], _OUTCOMES), -1, 0)
+        look, tap, longer, glance, liking, saying, passing, disliking = chances  # (n, l) each
+        examined = look < 1 - 0.06 * np.arange(shown.shape[1])
+        click = examined & (tap < sigmoid(truth[..., 0]))
+        watch = np.exp(truth[..., 2] + 0.8 * normal_from(longer))
+        skim = 2 * np.exp(0.8 * normal_from(glance))
         watch = np.minimum(np.where(click, watch, np.where(examined, skim, 0.0)), WATCH_CAP_S)
-        like = examined & (chance(_LIKE) < sigmoid(truth[..., 3]))
-        comment = examined & (chance(_COMMENT) < sigmoid(truth[..., 4]))
-        forward = examined & (chance(_FORWARD) < sigmoid(-9.2 + 0.8 * pref + 0.5 * q))
-        dislike = examined & (chance(_DISLIKE) < sigmoid(-6.9 + 0.9 * b - 0.6 * pref))
+        like = examined & (liking < sigmoid(truth[..., 3]))
+        comment = examined & (saying < sigmoid(truth[..., 4]))
+        forward = examined & (passing < sigmoid(-9.2 + 0.8 * pref + 0.5 * q))
+        dislike = examined & (disliking < sigmoid(-6.9 + 0.9 * b - 0.6 * pref))
         g = 0.35 * (pref - 1) + 0.3 * q - 0.75 * b - 0.5 * fatigue
         sessions.satisfaction = np.clip(0.85 * sessions.satisfaction + 0.3 * g.mean(1), -3, 3)
         exposed = np.zeros_like(sessions.fatigue)
