@@ -68,13 +68,17 @@ def rows_to_table(rows: Sequence[StepRow]) -> pa.Table:
 
 
 def check_widths(table: pa.Table, spec: Spec) -> None:
-    """Refuse rows whose arrays have another width than the spec says: Delta itself accepts them.
+    """Refuse rows whose arrays have another width than the spec says, or than each other: Delta itself accepts them.
 
     Raises:
         LogError: names the column, the step and both widths.
     """
-    pairs = pc.list_value_length(table["shown"]).to_numpy()
+    if not len(table):
+        return
+    pairs = _lengths(table["shown"])
+    whole = table["item_ids"].is_valid().to_numpy()
     widths = {
+        "shown": 1,
         "positions": 1,
         "item_ids": 1,
         "fused_scores": 1,
@@ -83,14 +87,27 @@ def check_widths(table: pa.Table, spec: Spec) -> None:
         "scores": spec.num_scores,
         "actions": spec.num_actions,
         "anchor_actions": spec.num_actions,
+        "rewards": int(_lengths(table["rewards"])[0]) // max(int(pairs[0]), 1),
+        "behaviours": int(_lengths(table["behaviours"])[0]) // max(int(pairs[0]), 1),
     }
     for name, width in widths.items():
-        lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
-        wrong = (lengths >= 0) & (lengths != pairs * width)
+        lengths = _lengths(table[name])
+        expected = np.where(whole, pairs * width, _NULL) if name in BULKY else pairs * width
+        wrong = (lengths != expected) | (pairs < 1)
         if wrong.any():
             i = int(np.flatnonzero(wrong)[0])
-            step = table["step_id"][i].as_py()
-            raise LogError(f"{name} of step {step} has {lengths[i]} values, expected {pairs[i]} pairs x {width}")
+            step, kind = table["step_id"][i].as_py(), "first row" if whole[i] else "amendment"
+            found = "null" if lengths[i] == _NULL else f"{lengths[i]} values"
+            wanted = "null" if expected[i] == _NULL else f"{pairs[i]} pairs x {width}"
+            raise LogError(f"{name} of step {step} ({kind}) has {found}, expected {wanted}")
+
+
+_NULL = -1
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    lengths: np.ndarray = pc.fill_null(pc.list_value_length(column), _NULL).to_numpy()
+    return lengths
 
 
 def merge_steps(rows: pa.Table) -> pa.Table:
@@ -101,13 +118,25 @@ def merge_steps(rows: pa.Table) -> pa.Table:
     """
     if not len(rows):
         return rows
-    rows = rows.combine_chunks()
     ids = pc.unique(rows["step_id"])
     code = pc.index_in(rows["step_id"], ids).to_numpy()
     order = np.lexsort((rows["revision"].to_numpy(), code))
     starts = np.searchsorted(code[order], np.arange(len(ids)))
     first, last = order[starts], order[np.append(starts[1:], len(order)) - 1]
     whole = rows["item_ids"].is_valid().to_numpy()[first]
-    first, last = pa.array(first[whole]), pa.array(last[whole])
-    merged = pa.table([rows[f.name].take(first if f.name in BULKY else last) for f in _SCHEMA], schema=_SCHEMA)
-    return merged.sort_by([("event_time_ms", "ascending"), ("step_id", "ascending")])
+    first, last = first[whole], last[whole]
+    keys = pa.table({"time": rows["event_time_ms"].take(pa.array(last)), "id": rows["step_id"].take(pa.array(last))})
+    by_time = pc.sort_indices(keys, [("time", "ascending"), ("id", "ascending")]).to_numpy()
+    first, last = first[by_time], last[by_time]
+    return pa.table([_take(rows[f.name], first if f.name in BULKY else last) for f in _SCHEMA], schema=_SCHEMA)
+
+
+def _take(column: pa.ChunkedArray, index: np.ndarray) -> pa.Array | pa.ChunkedArray:
+    """Rows of a column by number. For lists through their values: pyarrow 26's own `take` of lists needs several times as long."""
+    if not pa.types.is_list(column.type):
+        return column.take(pa.array(index))
+    lists = column.combine_chunks()
+    offsets, lengths = lists.offsets.to_numpy(), _lengths(lists)[index]  # those that are taken are never null
+    ends = np.cumsum(lengths)
+    values = lists.values.take(pa.array(np.repeat(offsets[:-1][index] - (ends - lengths), lengths) + np.arange(lengths.sum())))
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), values, type=column.type)

@@ -6,14 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import Fenced, LogError
 from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.vocabulary import Ended
-from streaming.steplog import STATE_FOLDER, StepLog, WorkerState, commit_history, list_workers, read_commits, read_steps
+from streaming import statefiles
+from streaming.steplog import STATE_FOLDER, CommitInfo, StepLog, WorkerState, commit_history, list_workers, read_commits, read_steps
 from streaming.steptable import rows_to_table
 from tests.unit.test_replay import step
 
@@ -48,11 +50,9 @@ def test_a_commit_holds_rows_and_state_together(tmp_path: Path, config: Config) 
     assert [(n, len(rows)) for n, rows in commits] == [(0, 2), (1, 0), (2, 1)]
     assert commits[0][1]["commit"].to_pylist() == [0, 0]
     assert [n for n, _ in read_commits(tmp_path, "w", after=0)] == [1, 2] and list(read_commits(tmp_path, "other")) == []
-    assert [(i.commit, i.rows, i.committed_ms, i.incarnation) for i in commit_history(tmp_path, "w")] == [
-        (0, 2, 0, "one"),
-        (1, 0, 1, "one"),
-        (2, 1, 2, "one"),
-    ]
+    assert commit_history(tmp_path, "w") == [
+        CommitInfo("w", n, rows, n, "one", {"decisions/0": 10 * n}) for n, rows in enumerate((2, 0, 1))
+    ]  # fmt: skip
 
 
 def test_steps_are_merged_over_revisions_and_can_be_read_as_of_a_commit(tmp_path: Path, config: Config) -> None:
@@ -92,7 +92,7 @@ def test_two_that_pass_the_check_together_do_not_both_commit(tmp_path: Path, con
 
 def test_a_state_file_without_its_commit_is_ignored(tmp_path: Path, config: Config) -> None:
     log = fill(tmp_path, config)
-    log._write_state(state(3))
+    log._states.write(state(3), "one")
     assert log_of(tmp_path, config, "two").restore() == state(2)
 
 
@@ -116,9 +116,121 @@ def test_a_damaged_state_file_voids_its_commit(tmp_path: Path, config: Config, d
 
 def test_rows_of_another_width_are_refused(tmp_path: Path, config: Config) -> None:
     other = load_config("configs/demo.yaml", ["spec.scores=[click]", "spec.power_base=[1.0]"])
-    with pytest.raises(LogError, match=r"scores of step a has 3 values, expected 3 pairs x 5"):
+    with pytest.raises(LogError, match=r"scores of step a \(first row\) has 3 values, expected 3 pairs x 5"):
         log_of(tmp_path, config).commit(state(0), rows_to_table([step(other, "a")]))
     assert log_of(tmp_path, config).restore() is None
+
+
+def test_what_is_no_first_row_and_no_amendment_is_refused(tmp_path: Path, config: Config) -> None:
+    log, rows = log_of(tmp_path, config), rows_to_table([step(config, "a"), step(config, "b")])
+    torn = rows.set_column(rows.column_names.index("states"), "states", pa.nulls(2, pa.list_(pa.float32())))
+    with pytest.raises(LogError, match=r"states of step a \(first row\) has null, expected 3 pairs x 18"):
+        log.commit(state(0), torn)
+    rewards = pa.array([[0.0] * 6, [0.0] * 5], pa.list_(pa.float32()))
+    with pytest.raises(LogError, match=r"rewards of step b \(first row\) has 5 values, expected 3 pairs x 2"):
+        log.commit(state(0), rows.set_column(rows.column_names.index("rewards"), "rewards", rewards))
+    assert log.committed == -1
+
+
+def test_a_commit_whose_answer_was_lost_is_done(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fill(tmp_path, config)
+
+    def commit_then_fail(*args: object, **kwargs: object) -> None:
+        monkeypatch.undo()
+        write_deltalake(*args, **kwargs)
+        raise OSError("connection reset after the commit")
+
+    monkeypatch.setattr("streaming.steplog.write_deltalake", commit_then_fail)
+    log.commit(state(3), rows_to_table([step(config, "c")]))
+    log.commit(state(4), rows_to_table([step(config, "d")]))
+    assert read_steps(tmp_path)["step_id"].to_pylist() == ["a", "b", "c", "d"] and log_of(tmp_path, config, "two").restore() == state(4)
+
+
+def test_a_commit_that_failed_did_not_happen_and_can_be_made_again(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fill(tmp_path, config)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left on device")
+
+    for part in ("streaming.steplog.write_deltalake", "os.fsync"):  # the commit itself, then already its state file
+        with monkeypatch.context() as patch:
+            patch.setattr(part, fail)
+            with pytest.raises(OSError, match="no space left"):
+                log.commit(state(3), rows_to_table([step(config, "c")]))
+        assert log_of(tmp_path, config, "two").restore() == state(2)
+        assert not list((tmp_path / "w" / STATE_FOLDER).glob("*.writing"))
+    log.commit(state(3), rows_to_table([step(config, "c")]))
+    assert read_steps(tmp_path)["step_id"].to_pylist() == ["a", "b", "c"]
+
+
+def test_a_failure_to_tidy_up_does_not_undo_the_commit(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = fill(tmp_path, config)
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(statefiles.StateFiles, "sweep", fail)
+    log.commit(state(3), rows_to_table([]))
+    assert log.committed == 3 and "step log not tidied commit=3" in caplog.text
+
+
+def test_old_state_files_and_orphans_are_swept(tmp_path: Path, config: Config) -> None:
+    log = fill(tmp_path, config)
+    log._states.write(state(3, "killed"), "killed")
+    for n in range(3, 8):
+        log.commit(state(n), rows_to_table([]))
+    assert sorted(path.name for path in (tmp_path / "w" / STATE_FOLDER).iterdir()) == [f"{n:012d}.one.msgpack" for n in (5, 6, 7)]
+
+
+def test_both_damaged_is_an_error_that_names_the_file(tmp_path: Path, config: Config) -> None:
+    fill(tmp_path, config)
+    for path in (tmp_path / "w" / STATE_FOLDER).iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(LogError, match=r"sha256 .* \(at .*000000000001.one.msgpack\)"):
+        log_of(tmp_path, config, "two").restore()
+
+
+def test_a_table_merged_into_large_files_reads_the_same(tmp_path: Path, config: Config) -> None:
+    log = fill(tmp_path, config)
+    for n in range(3, 9):
+        log.commit(state(n), rows_to_table([step(config, chr(96 + n))] if n % 3 else []))
+    before = [(n, rows.to_pylist()) for n, rows in read_commits(tmp_path, "w")]
+    assert log.compact() == 1
+    assert [(n, rows.to_pylist()) for n, rows in read_commits(tmp_path, "w")] == before
+    assert [n for n, _ in read_commits(tmp_path, "w", 4)] == [5, 6, 7, 8]
+    assert set(read_steps(tmp_path, as_of={"w": 4})["step_id"].to_pylist()) == {"a", "b", "d"}
+    log.commit(state(9), rows_to_table([step(config, "z")]))
+    (path,) = (tmp_path / "w" / STATE_FOLDER).glob(f"{9:012d}.*")
+    path.unlink()
+    restored = log_of(tmp_path, config, "two").restore()
+    assert restored is not None and restored.commit == 9
+    assert [(n, rows.to_pylist()) for n, rows in read_commits(tmp_path, "w")] == [*before, (9, [])], "commit 9 is void"
+
+
+def test_a_uri_is_as_good_as_a_path(tmp_path: Path, config: Config) -> None:
+    root = tmp_path.as_uri()
+    log = StepLog(root, "w", "one", config.spec.build())
+    log.commit(state(0), rows_to_table([step(config, "a")]))
+    assert StepLog(root, "w", "two", config.spec.build()).restore() == state(0)
+    assert list_workers(root) == list_workers(tmp_path) == ["w"] and read_steps(root).equals(read_steps(tmp_path))
+
+
+def test_state_files_live_in_any_store() -> None:
+    files = statefiles.StateFiles("mock:///log/w/_state")  # Arrow's in-memory store, which has no fsync and no rename
+    with pytest.raises(LogError, match="0 state files for commit 0"):
+        files.read(0, None)
+    for n in range(6):
+        files.write(state(n), "one")
+        files.sweep(n)
+    assert files.read(5, "one") == files.read(5, None) == state(5)
+    with pytest.raises(LogError, match="cannot read the state file"):
+        files.read(2, "one")
+
+
+def test_a_folder_that_is_not_there_has_no_workers(tmp_path: Path) -> None:
+    assert list_workers(tmp_path / "nothing") == [] and len(read_steps(tmp_path / "nothing")) == 0
 
 
 def test_a_buffer_refills_itself_from_the_log_on_disk(tmp_path: Path, config: Config) -> None:
