@@ -141,7 +141,7 @@ def deploy_local(config: Config) -> str:
 
     host, port = config.serve.host, config.serve.port or _free_ports(1)[0]
     if config.serve.port:
-        _check_free(host, port)
+        check_free(host, port)
     ray_serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))
     ray_serve.run(bind(config), name=APP_NAME, route_prefix="/")
     url = f"http://{host}:{port}"
@@ -184,7 +184,7 @@ def _free_ports(count: int) -> list[int]:
             s.close()
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int) -> None:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -24,7 +24,7 @@ from esrl_ray.cli.traffic import TrafficPart
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import BrokerError, LoopError
 from esrl_ray.evaluation.report import interval_text, promises, write_report
-from serve.app import deploy_local, serve_environment, stop_local
+from serve.app import check_free, deploy_local, serve_environment, stop_local
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 
 POLL_S = 1.0
@@ -105,6 +105,8 @@ def demo(
     if bootstrap_servers is not None:
         changes.append(f"kafka.bootstrap_servers={bootstrap_servers}")
     config = load_config(path or ("configs/demo.yaml" if data is None else "configs/kuairand.yaml"), changes, environment=os.environ)
+    if config.serve.port:
+        check_free(config.serve.host, config.serve.port)  # again when it is bound, but a port in use should not cost a minute
     if data is not None:
         from esrl_ray.simulation.kuairand import prepare
 

@@ -58,17 +58,20 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
         ConfigError: the folder is used by another run or holds files that are not a run's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w", encoding="utf-8") as lock:
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError("another run is using this folder", str(folder), "choose another --out, or end that run") from error
         if foreign := sorted(p.name for p in folder.iterdir() if p.name not in (*OWN_ENTRIES, LOCK)):
             raise ConfigError(f"the folder holds files that are not a run's: {foreign[:5]}", str(folder), "choose another --out")
+        lock.truncate(0)
         for name in OWN_ENTRIES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         run = LocalRun(uuid.uuid4().hex[:8], folder, Path(tempfile.mkdtemp(prefix="esrl-")))
+        lock.write(f"{run.id} {os.getpid()}\n")  # for people, and for tests that look for the run's processes
+        lock.flush()
         before = os.environ.get(watchdog.MARK)
         os.environ[watchdog.MARK] = run.id
         pipe = watchdog.start(run.id, [run.temporary])

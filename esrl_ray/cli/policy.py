@@ -20,7 +20,7 @@ from esrl_ray.config import Config, load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
 from esrl_ray.policy.policy import Policy
 from esrl_ray.policy.store import CURRENT_FILE, Current, PolicyStore, read_current, read_manifests, version_folder
-from esrl_ray.policy.store_actor import own, wall_clock_ms
+from esrl_ray.policy.store_actor import own, owner_address, wall_clock_ms
 from esrl_ray.vocabulary import cut_lineage
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
@@ -43,7 +43,7 @@ def _deployment(command: Callable[..., None]) -> Callable[..., None]:
     return with_config
 
 
-_address = click.option("--address", help="Ray cluster of the running store; default: the one on this machine, when it owns the files.")
+_address = click.option("--address", help="Ray cluster of the running store; default: the one that owns the files, if any.")
 
 
 @policy_group.command("list")
@@ -124,16 +124,15 @@ def _change(config: Config, address: str | None, method: str, *args: int | str) 
         with own(_folder(config)) as owned:
             if owned:
                 return getattr(PolicyStore(_folder(config), config, clock_ms=wall_clock_ms), method)(*args)
+        address = owner_address(_folder(config)) or "auto"
     try:
-        if address is not None and "://" not in address:  # `ray.init` waits for minutes for an address where nobody listens
+        if ":" in address and "://" not in address:  # `ray.init` waits for minutes for an address where nobody listens
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address=address or "auto", namespace=actors.NAMESPACE, log_to_driver=False, configure_logging=False)
+        ray.init(address=address, namespace=actors.NAMESPACE, log_to_driver=False, configure_logging=False)
         store = actors.find(actors.POLICY_STORE)
     except (OSError, ValueError) as error:
-        raise EsrlError(
-            f"no policy store answers: {str(error).splitlines()[0]}", address or "this machine", "name the cluster with --address"
-        ) from error
+        raise EsrlError(f"no policy store answers: {str(error).splitlines()[0]}", address, "name the cluster with --address") from error
     try:
         if (theirs := ray.get(store.folder.remote(), timeout=ANSWER_S)) != _folder(config):
             raise EsrlError(f"that cluster's policy store is for {theirs}", str(_folder(config)), "name the right cluster with --address")

@@ -49,7 +49,11 @@ class Cluster:
     environment: dict[str, str]
 
     def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([BIN / command[0], *command[1:]], cwd=ROOT, env=self.environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+        with log.open("wb") as file:
+            return subprocess.Popen([BIN / command[0], *command[1:]], cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +61,37 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     mark = uuid.uuid4().hex[:8]
     temporary = Path(f"/tmp/esrl-test-{mark}")
     gcs, dashboard, client, agent, metrics, agent_grpc = free_ports(6)
-    environment = {**os.environ, **SERVE_ENVIRONMENT, watchdog.MARK: mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        **SERVE_ENVIRONMENT,
+        watchdog.MARK: mark,
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
     log = tmp_path_factory.mktemp("cluster") / "ray.log"
     command = [
-        "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--dashboard-agent-grpc-port={agent_grpc}",
-        f"--temp-dir={temporary}", f"--object-store-memory={200 * 2**20}", "--disable-usage-stats",
-    ]  # fmt: skip
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs}",
+        "--num-cpus=4",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}",
+        f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--temp-dir={temporary}",
+        f"--object-store-memory={200 * 2**20}",
+        "--disable-usage-stats",
+    ]
     pipe = watchdog.start(mark, [temporary])
     found = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
     head = found.start(*command, log=log)
     deadline = time.monotonic() + 90
-    while subprocess.run([BIN / "ray", "job", "list", "--address", found.dashboard], cwd=ROOT, env=environment, capture_output=True, check=False).returncode:
+    while found.run("ray", "job", "list", "--address", found.dashboard).returncode:
         assert head.poll() is None and time.monotonic() < deadline, f"the cluster did not start:\n{log.read_text()[-3000:]}"
         time.sleep(1)
     yield found
@@ -80,11 +103,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def overrides(bootstrap: str, run_dir: Path, topics: str) -> list[str]:
     """The operator's own values: everything else is configs/online.yaml, with times that suit a test."""
     return [
-        f"run.dir={run_dir}", f"kafka.bootstrap_servers={bootstrap}", f"kafka.decisions_topic=decisions-{topics}", f"kafka.feedback_topic=feedback-{topics}",
-        "kafka.num_partitions=2", "ingest.num_workers=1", "ingest.commit_interval_s=0.5", "join.label_age_s=0.2", "join.lateness_s=0.2", "join.gap_s=2.0",
-        "replay.min_size=40", "replay.capacity=2000", "replay.samples_per_insert=200", "learner.batch_size=16", "learner.updates_per_call=4",
-        "exploration.warmup_steps=40", "exploration.round_steps=100", "policy.publish_interval_s=1.0", "serve.list_size=3", "serve.num_unshown=4",
-    ]  # fmt: skip
+        f"run.dir={run_dir}",
+        f"kafka.bootstrap_servers={bootstrap}",
+        f"kafka.decisions_topic=decisions-{topics}",
+        f"kafka.feedback_topic=feedback-{topics}",
+        "kafka.num_partitions=2",
+        "ingest.num_workers=1",
+        "ingest.commit_interval_s=0.5",
+        "join.label_age_s=0.2",
+        "join.lateness_s=0.2",
+        "join.gap_s=2.0",
+        "replay.min_size=40",
+        "replay.capacity=2000",
+        "replay.samples_per_insert=200",
+        "learner.batch_size=16",
+        "learner.updates_per_call=4",
+        "exploration.warmup_steps=40",
+        "exploration.round_steps=100",
+        "policy.publish_interval_s=1.0",
+        "serve.list_size=3",
+        "serve.num_unshown=4",
+    ]
 
 
 def sets(values: Sequence[str]) -> list[str]:
@@ -101,7 +140,8 @@ def request_of(config: Config, session: str, user: str, rng: random.Random) -> d
         "context_features": [rng.gauss(0, 1) for _ in spec.context_features],
         "context_categorical": {"tab": rng.randrange(16)},
         "candidates": [
-            {"item_id": f"i{n}", "features": [rng.gauss(0, 1) for _ in spec.item_features], "scores": [rng.random() for _ in spec.scores]} for n in range(12)
+            {"item_id": f"i{n}", "features": [rng.gauss(0, 1) for _ in spec.item_features], "scores": [rng.random() for _ in spec.scores]}
+            for n in range(12)
         ],
     }
 
@@ -141,19 +181,29 @@ def test_serve_deploy_ingest_and_job_submit_make_one_loop(cluster: Cluster, brok
     deployed["http_options"]["port"] = port
     deployed["applications"][0]["args"] = {"config": str(ROOT / "configs/online.yaml"), "set": values}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(deployed))
-    done = subprocess.run(
-        [BIN / "serve", "deploy", "--address", cluster.dashboard, str(tmp_path / "serve.yaml")], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False
-    )
+    done = cluster.run("serve", "deploy", "--address", cluster.dashboard, str(tmp_path / "serve.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
 
     ingest_log, url = tmp_path / "ingest.log", f"http://127.0.0.1:{port}"
     ingest = cluster.start("esrl", "ingest", "--config", "configs/online.yaml", *sets(values), log=ingest_log)
-    submitted = subprocess.run(
-        [
-            BIN / "ray", "job", "submit", "--address", cluster.dashboard, "--no-wait", "--submission-id", "learn", "--working-dir", ".",
-            "--", "esrl", "train", "--config", "configs/online.yaml", *sets(values),
-        ], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    submitted = cluster.run(
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        cluster.dashboard,
+        "--no-wait",
+        "--submission-id",
+        "learn",
+        "--working-dir",
+        ".",
+        "--",
+        "esrl",
+        "train",
+        "--config",
+        "configs/online.yaml",
+        *sets(values),
+    )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
     producer = EventProducer(config.kafka, client_id="test", spool=None)
@@ -166,13 +216,13 @@ def test_serve_deploy_ingest_and_job_submit_make_one_loop(cluster: Cluster, brok
         except aiohttp.ClientError:
             time.sleep(1)  # the endpoint is not up yet
     producer.close()
-    job_log = subprocess.run([BIN / "ray", "job", "logs", "--address", cluster.dashboard, "learn"], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+    job_log = cluster.run("ray", "job", "logs", "--address", cluster.dashboard, "learn")
     assert len(versions) >= 3, f"only versions {versions} served\ningest: {ingest_log.read_text()[-2000:]}\njob: {job_log.stdout[-3000:]}"
 
-    stopped = subprocess.run([BIN / "ray", "job", "stop", "--address", cluster.dashboard, "learn"], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+    stopped = cluster.run("ray", "job", "stop", "--address", cluster.dashboard, "learn")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     ingest.terminate()
     assert ingest.wait(90) == 0, ingest_log.read_text()[-3000:]
     assert "stopped after the last commit" in ingest_log.read_text()
-    shown = subprocess.run([BIN / "esrl", "log", "show", "--config", "configs/online.yaml", *sets(values)], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+    shown = cluster.run("esrl", "log", "show", "--config", "configs/online.yaml", *sets(values))
     assert shown.returncode == 0 and "ingest-0" in shown.stdout, shown.stdout + shown.stderr
