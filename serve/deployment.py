@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from typing import cast
 
+import ray
 import torch
 from ray import serve as ray_serve
 from ray.actor import ActorHandle
@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from esrl_ray import actors
 from esrl_ray.config import Config
 from esrl_ray.policy.store import PolicySnapshot
-from esrl_ray.policy.store_actor import PolicyStoreActor
+from esrl_ray.policy.store_actor import PolicyStoreActor, wall_clock_ms
 from esrl_ray.telemetry import Telemetry
 from serve.api import Application, application
 from serve.replica import Replica
@@ -26,7 +26,9 @@ _logger = logging.getLogger(__name__)
 
 def policy_store(config: Config) -> ActorHandle:
     """The detached policy store, made by whoever comes first."""
-    return actors.spawn(actors.POLICY_STORE, PolicyStoreActor, config.run.path / "policies", config, detached=True, max_concurrency=1000)
+    address = ray.get_runtime_context().gcs_address
+    folder = config.run.path / "policies"
+    return actors.spawn(actors.POLICY_STORE, PolicyStoreActor, folder, config, wall_clock_ms, address, detached=True, max_concurrency=1000)
 
 
 class RemoteStore:
@@ -66,7 +68,7 @@ class FuseReplica:
             name,
             store=RemoteStore(config),
             producer=EventProducer(config.kafka, client_id=f"serve-{name}", spool=config.run.path / "spool"),
-            clock_ms=lambda: time.time_ns() // 1_000_000,
+            clock_ms=wall_clock_ms,
             new_id=lambda: uuid.uuid4().hex,
             telemetry=self._telemetry,
         )

@@ -25,22 +25,32 @@ def wall_clock_ms() -> int:
 
 
 @contextmanager
-def own(folder: Path, *, wait_s: float = 0.0) -> Iterator[bool]:
+def own(folder: Path, *, wait_s: float = 0.0, address: str = "") -> Iterator[bool]:
     """Own a policy folder inside the block, if nobody else does. The lock dies with its process, also by kill -9.
 
     Args:
         folder: Of the policies; made when it is not there.
         wait_s: How long to wait for another owner to end.
+        address: Where the owner can be reached, for `owner_address`.
 
     Yields:
         Whether this process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
-    with (folder / LOCK_FILE).open("w", encoding="utf-8") as lock:
+    with (folder / LOCK_FILE).open("a", encoding="utf-8") as lock:
         while not (owned := _lock(lock)) and time.monotonic() < deadline:
             time.sleep(0.05)
+        if owned:
+            lock.truncate(0)
+            lock.write(address)
+            lock.flush()
         yield owned
+
+
+def owner_address(folder: Path) -> str:
+    """Where the process that owns a folder said that it can be reached; empty when it did not say."""
+    return (folder / LOCK_FILE).read_text(encoding="utf-8")
 
 
 def _lock(file: IO[str]) -> bool:
@@ -61,6 +71,7 @@ class PolicyStoreActor:
         folder: Of the policies.
         config: Of the deployment.
         clock_ms: Wall clock.
+        address: Of the Ray cluster that it runs in.
 
     Raises:
         PolicyRejected: another process owns the folder and does not end, or see `PolicyStore`.
@@ -68,8 +79,8 @@ class PolicyStoreActor:
 
     OWN_WAIT_S = 20.0
 
-    def __init__(self, folder: Path, config: Config, clock_ms: Callable[[], int] = wall_clock_ms) -> None:
-        self._owned = own(folder, wait_s=self.OWN_WAIT_S)
+    def __init__(self, folder: Path, config: Config, clock_ms: Callable[[], int] = wall_clock_ms, address: str = "") -> None:
+        self._owned = own(folder, wait_s=self.OWN_WAIT_S, address=address)
         if not self._owned.__enter__():
             raise PolicyRejected("another process owns this policy store", str(folder), "end it, or use another run.dir")
         self._folder = folder

@@ -243,7 +243,7 @@ def test_a_round_and_a_pin_by_command_reach_every_replica(endpoint: Endpoint) ->
             before = max(seen.newest.values())
             command = [
                 str(Path(sys.executable).parent / "esrl"), "policy", "pin", "static", "--config", "configs/demo.yaml",
-                "--set", f"run.dir={endpoint.config.run.path}", "--address", ray.get_runtime_context().gcs_address,
+                "--set", f"run.dir={endpoint.config.run.path}",
             ]  # fmt: skip
             done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0 and f"version {before + 1} is pinned" in done.stdout, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from esrl_ray.errors import PolicyRejected
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import TENSORS_FILE, Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import CURRENT_FILE, HISTORY_FILE, PolicyStore, read_snapshot, version_folder
-from esrl_ray.policy.store_actor import PolicyStoreActor, own
+from esrl_ray.policy.store_actor import PolicyStoreActor, own, owner_address
 from esrl_ray.vocabulary import Round
 
 CONFIG = Config(spec=SpecConfig(user_features=("act",), item_features=("age",)))
@@ -231,8 +231,8 @@ def test_an_empty_folder_has_no_snapshot_to_read(tmp_path: Path) -> None:
 def test_only_one_process_owns_a_folder(tmp_path: Path) -> None:
     with own(tmp_path / "p") as first, own(tmp_path / "p") as second, own(tmp_path / "other") as third:
         assert (first, second, third) == (True, False, True)
-    with own(tmp_path / "p") as again:
-        assert again
+    with own(tmp_path / "p", address="127.0.0.1:6379") as again, own(tmp_path / "p", address="elsewhere") as other:
+        assert again and not other and owner_address(tmp_path / "p") == "127.0.0.1:6379"
 
 
 def test_waiting_for_news_returns_at_once_later_or_never(tmp_path: Path) -> None:
