@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self, TypeVar
@@ -192,9 +193,14 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
 
 
 def learner_results(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers of `UpdateResult` and the gradient steps in what `train()` returned; empty when it made no update."""
+    """The numbers of `UpdateResult` and the gradient steps in what `train()` returned; empty when it made no update.
+
+    Of an iteration without an update RLlib reports every learner metric as NaN (or none, before the first update): the counter tells.
+    """
     found = results.get(LEARNER_RESULTS, {}).get(DEFAULT_MODULE_ID, {})
-    return {name: float(found[name]) for name in (*UpdateResult._fields, GRADIENT_STEPS) if name in found}
+    if math.isnan(found.get(GRADIENT_STEPS, math.nan)):
+        return {}
+    return {name: float(found[name]) for name in (*UpdateResult._fields, GRADIENT_STEPS)}
 
 
 def _published(learner: EnhancedRLLearner) -> tuple[dict[str, Floats], Normaliser, int]:

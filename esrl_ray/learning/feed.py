@@ -37,6 +37,7 @@ class BatchFeed:
     def __init__(self, shards: Sequence[ActorHandle], num_rows: int, num_learners: int) -> None:
         self._shards, self._num_rows, self._num_learners = list(shards), num_rows, num_learners
         self._next_shard = 0
+        self._away = False  # a shard did not answer: logged once
         self._asked: deque[tuple[ray.ObjectRef, ray.ObjectRef]] = deque()  # (lineage or None, batch or None)
         self._ready: list[tuple[Lineage, ray.ObjectRef]] = []
 
@@ -73,13 +74,17 @@ class BatchFeed:
         lineage, batch = shard.draw.options(num_returns=2).remote(self._num_rows)
         self._asked.append((lineage, batch))
 
-    @staticmethod
-    def _result(ref: ray.ObjectRef) -> Lineage | None:
+    def _result(self, ref: ray.ObjectRef) -> Lineage | None:
         try:
             lineage: Lineage | None = ray.get(ref)
         except RayError as error:  # the shard is being restarted: it refills itself from the step log
-            _logger.warning("replay shard does not answer: %s", str(error).splitlines()[0])
+            if not self._away:
+                _logger.warning("a replay shard does not answer: %s", str(error).splitlines()[0])
+            self._away = True
             return None
+        if self._away and lineage is not None:
+            _logger.info("replay shards answer again")
+            self._away = False
         return lineage
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ class TrainingLoop:
         self._first: tuple[int, int] | None = None  # (clock, gradient steps) of the first call in this process
         self._last = {"publish": 0, "checkpoint": 0, "watch": 0}  # clock of each
         self._rebuilds = 0
+        self._learner_pids: list[int] = []
         self._state = "starting"
         self._lineage: Mapping[str, int] = {}
 
@@ -119,6 +121,7 @@ class TrainingLoop:
             "published": self._progress.published,
             "rejected": self._progress.rejected,
             "rebuilds": self._rebuilds,
+            "learner_pids": self._learner_pids,
             "lineage": dict(self._lineage),
         }
 
@@ -128,6 +131,7 @@ class TrainingLoop:
         self._progress = restored or Progress(self._spec.digest)
         self._gradient_steps = self._published_steps = algorithm.published()[2]
         self._first, self._lineage = None, algorithm.lineage
+        self._learner_pids = algorithm.each_learner(lambda _: os.getpid())
         algorithm.draw_from(self._shards)
         while not stop.is_set():
             self._watch()

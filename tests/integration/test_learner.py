@@ -1,0 +1,215 @@
+"""EnhancedRL on RLlib: the same steps as the core, on local and remote learners; checkpoints; batches by reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.rllib.policy.sample_batch import MultiAgentBatch
+
+from esrl_ray.actors import NAMESPACE
+from esrl_ray.algo.update import LearnState, prepare, update
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import LoopError
+from esrl_ray.learning.algorithm import EnhancedRL, learner_results
+from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
+from esrl_ray.learning.feed import BatchFeed, to_multi_agent_batch
+from esrl_ray.vocabulary import Floats, TransitionBatch
+from tests.transitions import make_transitions
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+
+SET = ["learner.batch_size=16", "learner.updates_per_call=8", "learner.hidden_sizes=[16, 16]", "learner.soft_update_every=5"]
+CALLS = 3  # of 8 gradient steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def deployment(num_learners: int = 0, *more: str) -> Config:
+    secrets = {"ESRL_KAFKA_PASSWORD": "hush-hush-kafka", "ESRL_BEARER_TOKEN": "hush-hush-token"}
+    return load_config("configs/demo.yaml", [*SET, f"learner.num_learners={num_learners}", *more], environment=secrets)
+
+
+def transitions(config: Config, call: int) -> TransitionBatch:
+    return make_transitions(config, config.learner.batch_size * config.learner.updates_per_call, seed=call)
+
+
+def call(algorithm: EnhancedRL, config: Config, number: int) -> None:
+    """One learner call; every learner gets the same batch, so that averaged gradients equal one learner's."""
+    ref = ray.put(to_multi_agent_batch(transitions(config, number)))
+    algorithm.learn({"ingest-0": number}, [ref] * max(1, config.learner.num_learners))
+
+
+def parameters(algorithm: EnhancedRL) -> list[dict[str, Floats]]:
+    """Everything that each learner's networks hold."""
+    return algorithm.each_learner(lambda learner: {k: v.cpu().numpy().copy() for k, v in learner.learn_state.networks.state_dict().items()})
+
+
+def assert_same(a: dict[str, Floats], b: dict[str, Floats], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert abs(value - b[name]).max(initial=0) <= tolerance, name
+
+
+@pytest.mark.parametrize("num_learners", [0, 1, 2])
+def test_rllib_takes_the_same_gradient_steps_as_the_core(num_learners: int) -> None:
+    config = deployment(num_learners)
+    state = LearnState.create(config, device="cpu")
+    torch.set_num_threads(1)
+    algorithm = EnhancedRL.of(config)
+    try:
+        for number in range(CALLS):
+            for part in prepare(state, transitions(config, number)).split(config.learner.updates_per_call):
+                update(state, part)
+            call(algorithm, config, number)
+        core = {k: v.numpy() for k, v in state.networks.state_dict().items()}
+        learners = parameters(algorithm)
+        assert len(learners) == max(1, num_learners)
+        for networks in learners:
+            assert_same(core, networks, tolerance=1e-6)
+        assert algorithm.published()[2] == state.gradient_steps == CALLS * config.learner.updates_per_call >= 20
+    finally:
+        algorithm.stop()
+
+
+@pytest.mark.parametrize("num_learners", [0, 1])
+def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(num_learners: int, tmp_path: Path) -> None:
+    config = deployment(num_learners)
+    algorithm = EnhancedRL.of(config)
+    try:
+        call(algorithm, config, 0)
+        before = parameters(algorithm)[0]
+        path = save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest, fitted=True, round=3))
+        call(algorithm, config, 1)
+        went_on = parameters(algorithm)[0]
+        for text in ("hush-hush-kafka", "hush-hush-token"):
+            assert not [p for p in path.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
+    finally:
+        algorithm.stop()
+    other = EnhancedRL.of(deployment(num_learners, "learner.seed=9"))
+    try:
+        progress = restore_checkpoint(other, tmp_path, config.spec.build().digest)
+        assert progress is not None and progress.round == 3 and progress.fitted
+        assert other.lineage == {"ingest-0": 0}
+        assert other.published()[2] == 8
+        assert_same(parameters(other)[0], before)
+        call(other, config, 1)  # the optimisers' moments came along, or this step would differ
+        assert_same(parameters(other)[0], went_on, tolerance=1e-6)
+    finally:
+        other.stop()
+
+
+def test_an_older_state_can_be_set_in_memory() -> None:
+    config = deployment()
+    algorithm = EnhancedRL.of(config)
+    call(algorithm, config, 0)
+    state, before = algorithm.get_state(), parameters(algorithm)[0]
+    before = {k: v.copy() for k, v in before.items()}
+    call(algorithm, config, 1)
+    algorithm.set_state(state)
+    assert_same(parameters(algorithm)[0], before)
+    assert algorithm.published()[2] == 8
+    assert algorithm.lineage == {"ingest-0": 0}
+    algorithm.stop()
+
+
+def test_the_newest_whole_checkpoint_is_used_and_two_are_kept(tmp_path: Path) -> None:
+    config = deployment()
+    digest = config.spec.build().digest
+    algorithm = EnhancedRL.of(config)
+    assert restore_checkpoint(algorithm, tmp_path, digest) is None
+    for number in range(3):
+        call(algorithm, config, number)
+        save_checkpoint(algorithm, tmp_path, Progress(digest, round=number))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003"]
+    (tmp_path / ".00000004.1").mkdir()  # a crash while the next one was being written
+    restored = restore_checkpoint(algorithm, tmp_path, digest)
+    assert restored is not None and restored.round == 2
+    for file in (tmp_path / "00000003").rglob("*.pkl"):
+        file.write_bytes(b"damaged")
+    restored = restore_checkpoint(algorithm, tmp_path, digest)
+    assert restored is not None and restored.round == 1
+    assert algorithm.published()[2] == 16
+    with pytest.raises(LoopError, match="is for spec"):
+        restore_checkpoint(algorithm, tmp_path, "0" * 16)
+    for file in tmp_path.rglob("*.pkl"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(LoopError, match="none of 2 checkpoints"):
+        restore_checkpoint(algorithm, tmp_path, digest)
+    algorithm.stop()
+
+
+class Shard:
+    """Says wait at every third draw."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._name, self._draws = config, name, 0
+
+    def draw(self, num_rows: int) -> tuple[dict[str, int] | None, MultiAgentBatch | None]:
+        self._draws += 1
+        if self._draws % 3 == 2:
+            return None, None
+        return {self._name: self._draws}, to_multi_agent_batch(make_transitions(self._config, num_rows, seed=self._draws))
+
+
+def shards(config: Config, *names: str, max_restarts: int = 0) -> list[ActorHandle]:
+    made = [ray.remote(Shard).options(num_cpus=0, max_restarts=max_restarts).remote(config, name) for name in names]
+    ray.get([shard.draw.options(num_returns=2).remote(1)[0] for shard in made])
+    return made
+
+
+def test_train_learns_from_all_shards_in_turn_and_returns_results() -> None:
+    config = deployment()
+    algorithm = EnhancedRL.of(config)
+    with pytest.raises(LoopError, match="draw_from"):
+        algorithm.train()
+    algorithm.draw_from(shards(config, "ingest-0", "ingest-1"))
+    results: dict[str, Any] = {}
+    for _ in range(4):
+        results = algorithm.train()
+    numbers = learner_results(results)
+    assert numbers["gradient_steps"] == algorithm.published()[2] >= 32
+    assert 0 < numbers["critic_loss"] < 100
+    assert set(algorithm.lineage) == {"ingest-0", "ingest-1"}
+    algorithm.stop()
+
+
+def test_a_feed_gives_every_learner_a_batch_or_none() -> None:
+    config = deployment()
+    feed = BatchFeed(shards(config, "ingest-0"), 16, 3)
+    lineage, refs = cast(tuple[dict[str, int], list[Any]], feed.next(10.0))
+    assert len(refs) == 3 == len(set(refs))
+    assert set(lineage) == {"ingest-0"}
+    assert all(len(ray.get(ref)) == 16 for ref in refs)
+
+
+def test_a_feed_survives_the_death_of_a_shard() -> None:
+    config = deployment()
+    (shard,) = shards(config, "ingest-0", max_restarts=-1)
+    feed = BatchFeed([shard], 16, 1)
+    assert feed.next(10.0) is not None
+    ray.kill(shard, no_restart=False)
+    deadline = time.monotonic() + 120  # a new process imports torch and RLlib first
+    while (drawn := feed.next(2.0)) is None and time.monotonic() < deadline:
+        pass
+    assert drawn is not None
+
+
+def test_a_feed_gives_up_in_time_when_nothing_may_be_sampled() -> None:
+    class Empty:
+        def draw(self, num_rows: int) -> tuple[None, None]:
+            return None, None
+
+    feed = BatchFeed([ray.remote(Empty).options(num_cpus=0).remote()], 16, 1)
+    assert feed.next(0.3) is None

@@ -1,0 +1,247 @@
+"""The training loop with a real store, real shards and a real step log: warm-up, publishing, rounds, and the death of each part."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import ray
+from ray.actor import ActorHandle
+
+from esrl_ray import actors
+from esrl_ray.config import Config, load_config
+from esrl_ray.learning.loop import TrainingLoop
+from esrl_ray.learning.replay_shard import ReplayShard
+from esrl_ray.policy.policy import Policy, PolicyKind
+from esrl_ray.policy.store_actor import PolicyStoreActor
+from esrl_ray.vocabulary import Ended, StepRow
+from streaming.steplog import StepLog, WorkerState, read_commits
+from streaming.steptable import rows_to_table
+from tests.transitions import make_transitions
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+
+SET = [
+    "learner.batch_size=16",
+    "learner.updates_per_call=4",
+    "learner.hidden_sizes=[16]",
+    "learner.checkpoint_interval_s=1",
+    "policy.publish_interval_s=0.3",
+    "replay.min_size=50",
+    "exploration.warmup_steps=150",
+    "exploration.round_steps=300",
+]
+WAIT_S = 120.0
+
+
+def clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", namespace=actors.NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Writer:
+    """An ingest worker without a stream: commits made-up steps and hands them to the shard."""
+
+    def __init__(self, config: Config, root: Path) -> None:
+        self._config, self._commit = config, -1
+        self._log = StepLog(root, "ingest-0", "one", config.spec.build())
+
+    def write(self, shard: ActorHandle, num_steps: int) -> None:
+        """One commit of steps that end their sessions."""
+        self._commit += 1
+        t = make_transitions(self._config, num_steps, seed=self._commit, list_size=5)
+        rows = [
+            StepRow(
+                step_id=f"{self._commit}-{i}",
+                revision=0,
+                session_id="s",
+                user_id="u",
+                index=0,
+                partition=0,
+                offset=0,
+                event_time_ms=0,
+                closed_ms=clock_ms(),
+                arm="explore",
+                policy_version=1,
+                round=0,
+                num_candidates=50,
+                shown=t["shown"][i] > 0,
+                behaviours=np.zeros((len(t["shown"][i]), len(self._config.reward.behaviours)), np.float32),
+                rewards=t["rewards"][i] * t["shown"][i][:, None],
+                next_id=None,
+                ended=Ended.TERMINATED,
+                item_ids=tuple(f"i{j}" for j in range(len(t["shown"][i]))),
+                positions=np.where(t["shown"][i] > 0, 0, -1).astype(np.int32),
+                states=t["states"][i],
+                categorical=t["categorical"][i],
+                scores=t["scores"][i],
+                actions=t["actions"][i],
+                anchor_actions=t["anchor_actions"][i],
+                fused_scores=np.zeros(len(t["shown"][i]), np.float32),
+            )
+            for i in range(num_steps)
+        ]
+        table = rows_to_table(rows)
+        state = WorkerState(commit=self._commit, incarnation="one", positions={}, joiners={}, committed_ms=clock_ms())
+        self._log.commit(state, table)
+        shard.apply.remote("ingest-0", self._commit, table, clock_ms())
+
+
+class Running:
+    """A training loop in a thread, with a trickle of new steps."""
+
+    def __init__(self, config: Config, folder: Path, name: str) -> None:
+        self.config, self.folder = config, folder
+        self.store = actors.spawn(f"store-{name}", PolicyStoreActor, folder / "policies", config, max_concurrency=100)
+        read_log = functools.partial(read_commits, str(folder / "log"))
+        self.shard = actors.spawn(f"replay-{name}", ReplayShard, config, 0, read_log, clock_ms, ["ingest-0"])
+        self.writer = Writer(config, folder / "log")
+        self.start()
+
+    def start(self) -> None:
+        self.stop_event = threading.Event()
+        self.errors: list[BaseException] = []
+        self.loop = TrainingLoop(
+            self.config, store=self.store, shards=[self.shard], checkpoint_dir=self.folder / "checkpoints", clock_ms=clock_ms
+        )
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run(self.stop_event)
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+
+    def stop(self) -> None:
+        self.stop_event.set()
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive() and not self.errors
+
+    def until(self, what: Callable[[], bool], *, num_steps: int = 20) -> None:
+        """Write steps until something holds."""
+        deadline = time.monotonic() + WAIT_S
+        while not what():
+            assert not self.errors and time.monotonic() < deadline, (self.loop.status(), self.errors)
+            if num_steps:
+                self.writer.write(self.shard, num_steps)
+            time.sleep(0.2)
+
+    def status(self, name: str) -> int:
+        return int(self.loop.status()[name])
+
+    def progress(self) -> tuple[int, int]:
+        return self.status("gradient_steps"), self.status("published")
+
+
+@pytest.fixture
+def running(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    config = load_config("configs/demo.yaml", [*SET, f"learner.num_learners={getattr(request, 'param', 0)}"])
+    made = Running(config, tmp_path, tmp_path.name)
+    yield made
+    made.stop_event.set()
+    made.thread.join(WAIT_S)
+    actors.end({"store": made.store, "shard": made.shard})
+
+
+def learns_on(running: Running) -> None:
+    """More gradient steps and another published policy."""
+    steps, published = running.progress()
+    running.until(lambda: running.status("gradient_steps") > steps and running.status("published") > published)
+
+
+def test_the_loop_warms_up_publishes_ends_rounds_and_resumes(running: Running) -> None:
+    running.until(lambda: running.loop.status()["state"] == "warming up", num_steps=0)
+    assert running.status("gradient_steps") == 0
+    running.until(lambda: running.status("round") >= 2)
+    learns_on(running)
+    snapshot = ray.get(running.store.snapshot.remote())
+    assert snapshot.round.number >= 2
+    anchor, current = Policy.from_bytes(snapshot.anchor), Policy.from_bytes(snapshot.current)
+    assert anchor.manifest.kind is PolicyKind.PAIR and anchor.version <= current.version
+    manifest = current.manifest
+    assert manifest.lineage["ingest-0"] > 0 and 0 < manifest.learnt_ms <= manifest.created_ms
+    assert manifest.gradient_steps > 0 and manifest.parent > 0 and manifest.config_digest
+    stats = ray.get(running.shard.stats.remote())
+    ratio = running.config.replay.samples_per_insert
+    assert running.status("samples") <= stats["num_sampled"] <= ratio * stats["num_inserted"]
+    running.stop()
+    before = running.loop.status()
+    assert before["rejected"] == 0 and before["state"] == "stopped"
+
+    running.start()  # a new process would do the same
+    running.until(lambda: running.loop.status()["state"] == "learning", num_steps=0)
+    assert running.status("gradient_steps") == before["gradient_steps"]
+    assert running.status("round") == before["round"]
+    assert running.loop.status()["lineage"] == before["lineage"]
+    learns_on(running)
+    manifests = ray.get(running.store.manifests.remote())
+    assert [m.version for m in manifests] == sorted(m.version for m in manifests)
+    running.stop()
+
+
+def test_the_loop_goes_on_after_kill_9_of_the_shard_and_of_the_store(running: Running) -> None:
+    running.until(lambda: running.status("published") >= 1)
+    pid = ray.get(running.shard.status.remote())["pid"]
+    before = ray.get(running.shard.stats.remote())["num_inserted"]
+    os.kill(pid, signal.SIGKILL)
+
+    def refilled() -> bool:
+        status = actors.ask(running.shard.status.remote)
+        return status is not None and status["pid"] != pid and status["num_inserted"] > before
+
+    running.until(refilled)
+    learns_on(running)
+    ray.kill(running.store, no_restart=False)
+    learns_on(running)
+    running.stop()
+
+
+@pytest.mark.parametrize("running", [1], indirect=True)
+def test_the_loop_rebuilds_a_remote_learner_after_kill_9(running: Running) -> None:
+    running.until(lambda: running.status("published") >= 1)
+    (pid,) = running.loop.status()["learner_pids"]
+    assert pid != os.getpid()
+    os.kill(pid, signal.SIGKILL)
+    running.until(lambda: running.loop.status()["learner_pids"] not in ([], [pid]))
+    learns_on(running)
+    running.stop()
+
+
+def test_a_pinned_store_keeps_the_round_and_unpinning_lets_it_end(running: Running) -> None:
+    running.until(lambda: running.status("published") >= 1)
+    ray.get(running.store.pin.remote("static"))
+    number = running.status("round")
+    inserted = ray.get(running.shard.stats.remote())["num_inserted"]
+    running.until(lambda: ray.get(running.shard.stats.remote())["num_inserted"] > inserted + 700, num_steps=50)
+    time.sleep(1.5)
+    assert running.status("round") == number == ray.get(running.store.snapshot.remote()).round.number
+    ray.get(running.store.unpin.remote())
+    running.until(lambda: running.status("round") > number)
+    running.stop()
+
+
+def test_a_round_that_someone_else_started_is_taken_over(running: Running) -> None:
+    running.until(lambda: running.status("published") >= 1)
+    snapshot = ray.get(running.store.snapshot.remote())
+    version = Policy.from_bytes(snapshot.current).version
+    turn = msgspec.structs.replace(snapshot.round, number=snapshot.round.number + 5, anchor_version=version, salt=7)
+    ray.get(running.store.start_round.remote(turn))
+    running.until(lambda: running.status("round") == turn.number)
+    learns_on(running)
+    running.stop()
