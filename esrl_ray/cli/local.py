@@ -74,7 +74,7 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
         lock.flush()
         before = os.environ.get(watchdog.MARK)
         os.environ[watchdog.MARK] = run.id
-        pipe = watchdog.start(run.id, [run.temporary])
+        guard = watchdog.start(run.id, [run.temporary])
         catch_signals()
         try:
             yield run
@@ -82,9 +82,7 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
             disconnect()
-            watchdog.end_all(run.id)
-            shutil.rmtree(run.temporary, ignore_errors=True)
-            pipe.close()
+            watchdog.stop(guard)
             os.environ.pop(watchdog.MARK) if before is None else os.environ.update({watchdog.MARK: before})
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -51,20 +50,19 @@ def end_all(mark: str, *, grace_s: float = 5.0) -> int:
     return num
 
 
-def start(mark: str, folders: list[Path]) -> IO[bytes]:
-    """Start a watchdog; it acts when the returned pipe closes.
+def start(mark: str, folders: list[Path]) -> subprocess.Popen[bytes]:
+    """Start a watchdog; it acts when its standard input closes, so when this process dies, or at `stop`.
 
     Args:
         mark: Value of `ESRL_RUN` that the descendants carry.
         folders: Removed afterwards.
     """
-    watchdog = subprocess.Popen(
-        [sys.executable, "-m", MODULE, mark, *map(str, folders)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert watchdog.stdin is not None
-    return watchdog.stdin
+    return subprocess.Popen([sys.executable, "-m", MODULE, mark, *map(str, folders)], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def stop(watchdog: subprocess.Popen[bytes]) -> None:
+    """Let it act now, and wait until it has."""
+    watchdog.communicate(timeout=60)
 
 
 def _main() -> None:

@@ -21,7 +21,7 @@ import yaml
 
 from esrl_ray.cli import watchdog
 from esrl_ray.config import Config, load_config
-from serve.app import SERVE_ENVIRONMENT
+from serve.app import serve_environment
 from serve.client import FuseClient
 from streaming.producer import EventProducer
 from streaming.wire import SCHEMA_VERSION, Feedback
@@ -87,7 +87,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         f"--object-store-memory={200 * 2**20}",
         "--disable-usage-stats",
     ]
-    pipe = watchdog.start(mark, [temporary])
+    guard = watchdog.start(mark, [temporary])
     found = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
     head = found.start(*command, log=log)
     deadline = time.monotonic() + 90
@@ -95,9 +95,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         assert head.poll() is None and time.monotonic() < deadline, f"the cluster did not start:\n{log.read_text()[-3000:]}"
         time.sleep(1)
     yield found
-    watchdog.end_all(mark)
+    watchdog.stop(guard)
     head.wait(30)
-    pipe.close()
 
 
 def overrides(bootstrap: str, run_dir: Path, topics: str) -> list[str]:
