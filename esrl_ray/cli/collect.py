@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ from streaming.steplog import list_workers, read_commits, read_steps
 ARM_MARGIN_S = 60.0
 """Sessions that started later than this before the end are left out of the arms' rewards: they had no time to finish."""
 PACKAGES = ("ray", "torch", "kafka-python", "deltalake", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What the live view takes from the step log, now and then."""
+
+    arms: Mapping[str, Interval] = field(default_factory=dict)
+    label_delay_s: float | None = None  # median
+    loop_delay_s: float | None = None  # median
 
 
 @dataclass
@@ -113,7 +122,7 @@ class Readings:
             settled[unread] = settled.get(unread, 0) + end - positions.get(where, 0)
         return Ledger.of(settled, produced)
 
-    def live(self, *, seconds_left: float, arms: Mapping[str, Interval]) -> LiveStatus:
+    def live(self, glance: Glance, *, seconds_left: float) -> LiveStatus:
         """What the live view shows."""
         now = clock_ms()
         traffic, learner = self.last.get("traffic", {}), self.last.get("learner", {})
@@ -143,7 +152,9 @@ class Readings:
             round=int(learner.get("round", 0)),
             published_version=int(learner.get("version", 0)),
             served_version=max((v for r in traffic.get("served", {}).values() for v in r), default=0),
-            arms=arms,
+            label_delay_s=glance.label_delay_s,
+            loop_delay_s=glance.loop_delay_s,
+            arms=glance.arms,
         )
 
 
@@ -180,6 +191,17 @@ def steps_in_loop(config: Config, readings: Readings, served: Mapping[int, float
         stop_ms=float(readings.stop_ms),
         start_ms=float(first_trained_ms),
     )
+
+
+def glance_at(config: Config, readings: Readings, manifests: list[Manifest], published_ms: Mapping[int, int], *, now_ms: int) -> Glance:
+    """Rewards of the arms and delays so far, from the step log; takes about a second for 30,000 steps."""
+    steps = read_steps(str(parts.log_root(config)))
+    if not len(steps):
+        return Glance()
+    so_far = replace(readings, manifests=manifests, published_ms=dict(published_ms), stop_ms=now_ms)
+    times = steps_in_loop(config, so_far, served_by_all(readings.last.get("traffic", {}).get("served", {})))
+    arms = arm_rewards(session_rewards(steps), before_ms=now_ms - ARM_MARGIN_S * 1e3)
+    return Glance(arms, times.label_delay_s.p50, times.loop_delay_s.p50)
 
 
 def chosen_versions(manifests: Iterable[Manifest], count: int) -> list[int]:

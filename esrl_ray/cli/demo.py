@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray.actor import ActorHandle
 from esrl_ray import actors
 from esrl_ray.cli import parts
 from esrl_ray.cli.clock import clock_ms
-from esrl_ray.cli.collect import Readings, make_report
+from esrl_ray.cli.collect import Glance, Readings, glance_at, make_report
 from esrl_ray.cli.live import open_view
 from esrl_ray.cli.local import LocalRun, RayWatch, local_run, pss_bytes, say, start_ray
 from esrl_ray.cli.traffic import TrafficPart
@@ -29,6 +30,7 @@ from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 
 POLL_S = 1.0
 MEMORY_EVERY_S = 10.0
+GLANCE_EVERY_S = 20.0
 DRAIN_S = 30.0
 FIRST_DECISION_S = 120.0
 
@@ -172,15 +174,23 @@ def drive(loop: Loop, running: ray.ObjectRef) -> None:
     readings.first_decision_ms = first_ms
     readings.seconds_to_first_decision = first_ms / 1e3 - psutil.Process().create_time()
     end = time.monotonic() + config.demo.seconds
-    next_memory = 0.0
-    with open_view() as view:
+    next_memory, next_glance = 0.0, time.monotonic() + GLANCE_EVERY_S
+    glance = Glance()
+    glancing: Future[Glance] | None = None
+    with open_view() as view, ThreadPoolExecutor(1) as background:
         while (now := time.monotonic()) < end:
             loop.check()
             statuses = loop.poll()
             if now >= next_memory:
                 readings.peak_rss_bytes = max(readings.peak_rss_bytes, pss_bytes(loop.run))
                 next_memory = now + MEMORY_EVERY_S
-            view.update(readings.live(seconds_left=end - now, arms={}))
+            if now >= next_glance and (glancing is None or glancing.done()):
+                if glancing is not None:
+                    glance = glancing.result()
+                manifests, published = (actors.ask(call.remote, otherwise={}) for call in (loop.store.manifests, loop.store.published_ms))
+                glancing = background.submit(glance_at, config, readings, list(manifests), published, now_ms=clock_ms())
+                next_glance = now + GLANCE_EVERY_S
+            view.update(readings.live(glance, seconds_left=end - now))
             if statuses.get("traffic", {}).get("finished"):
                 say("the input is at its end")
                 break

@@ -63,7 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     gcs, dashboard, client, agent, metrics, agent_grpc = free_ports(6)
     environment = {
         **os.environ,
-        **SERVE_ENVIRONMENT,
+        **serve_environment(temporary / "ha"),
         watchdog.MARK: mark,
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "PATH": f"{BIN}:{os.environ['PATH']}",
