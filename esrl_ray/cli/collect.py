@@ -93,6 +93,11 @@ class Readings:
                 )
             )
 
+    def frozen(self, *, manifests: list[Manifest], published_ms: Mapping[int, int], stop_ms: int) -> Readings:
+        """As they are now, for another thread."""
+        own = replace(self, last=dict(self.last), inserted_ms=dict(self.inserted_ms), losses=list(self.losses))
+        return replace(own, manifests=manifests, published_ms=dict(published_ms), stop_ms=stop_ms)
+
     def of(self, prefix: str) -> list[dict[str, Any]]:
         """Last statuses of the parts whose name begins so."""
         return [status for name, status in sorted(self.last.items()) if name.startswith(prefix)]
@@ -193,14 +198,17 @@ def steps_in_loop(config: Config, readings: Readings, served: Mapping[int, float
     )
 
 
-def glance_at(config: Config, readings: Readings, manifests: list[Manifest], published_ms: Mapping[int, int], *, now_ms: int) -> Glance:
-    """Rewards of the arms and delays so far, from the step log; takes about a second for 30,000 steps."""
-    steps = read_steps(str(parts.log_root(config)))
+def glance_at(readings: Readings) -> Glance:
+    """Rewards of the arms and delays so far, from the step log; takes about a second for 30,000 steps.
+
+    Args:
+        readings: From `Readings.frozen`: another thread goes on filling the original.
+    """
+    steps = read_steps(str(parts.log_root(readings.config)))
     if not len(steps):
         return Glance()
-    so_far = replace(readings, manifests=manifests, published_ms=dict(published_ms), stop_ms=now_ms)
-    times = steps_in_loop(config, so_far, served_by_all(readings.last.get("traffic", {}).get("served", {})))
-    arms = arm_rewards(session_rewards(steps), before_ms=now_ms - ARM_MARGIN_S * 1e3)
+    times = steps_in_loop(readings.config, readings, served_by_all(readings.last.get("traffic", {}).get("served", {})))
+    arms = arm_rewards(session_rewards(steps), before_ms=readings.stop_ms - ARM_MARGIN_S * 1e3)
     return Glance(arms, times.label_delay_s.p50, times.loop_delay_s.p50)
 
 

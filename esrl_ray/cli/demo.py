@@ -188,7 +188,9 @@ def drive(loop: Loop, running: ray.ObjectRef) -> None:
                 if glancing is not None:
                     glance = glancing.result()
                 manifests, published = (actors.ask(call.remote, otherwise={}) for call in (loop.store.manifests, loop.store.published_ms))
-                glancing = background.submit(glance_at, config, readings, list(manifests), published, now_ms=clock_ms())
+                glancing = background.submit(
+                    glance_at, readings.frozen(manifests=list(manifests), published_ms=published, stop_ms=clock_ms())
+                )
                 next_glance = now + GLANCE_EVERY_S
             view.update(readings.live(glance, seconds_left=end - now))
             if statuses.get("traffic", {}).get("finished"):
