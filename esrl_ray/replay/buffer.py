@@ -2,18 +2,22 @@
 
 Delivery: (worker, commit) is applied once and in order. What was applied is ignored, a gap is read from the log, so that a call that was
 lost or repeated changes nothing. Within that, a step's row is known by its id and revision: a voided commit that comes again under
-another number inserts nothing twice.
+another number inserts nothing twice, and what it says now is what counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from esrl_ray.config import Config
+from esrl_ray.errors import LogError
 from esrl_ray.replay.limiter import Limiter
 from esrl_ray.replay.sampler import Sampler
 from esrl_ray.replay.storage import Storage
@@ -22,7 +26,12 @@ from esrl_ray.vocabulary import Ended, Floats, TransitionBatch
 ReadLog = Callable[[str, int], Iterable[tuple[int, pa.Table]]]
 """(worker, after this commit) -> commits in order."""
 
+MAX_TIMES = 100_000
+"""Commits whose time of insertion is kept: two days of one worker."""
+
 _NO_SLOT = -1
+_NOW = ("states", "categorical", "scores", "actions", "anchor_actions", "rewards", "shown", "valid")
+_NEXT = ("states", "categorical", "scores", "shown")
 
 
 class ReplayBuffer:
@@ -50,7 +59,7 @@ class ReplayBuffer:
             batch=learner.batch_size * learner.updates_per_call,
         )
         self._ids: list[str | None] = [None] * replay.capacity
-        self._next_ids: list[str | None] = [None] * replay.capacity
+        self._next_ids: list[str | None] = [None] * replay.capacity  # of the steps that wait
         self._terminated = np.zeros(replay.capacity, np.float32)
         self._revisions = np.full(replay.capacity, -1, np.int32)
         self._next = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the next list, while both are here
@@ -73,6 +82,11 @@ class ReplayBuffer:
         return len(self._sampler)
 
     @property
+    def num_cut_pairs(self) -> int:
+        """Pairs that were left out because their step had more than G."""
+        return self._storage.num_cut_pairs
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the columns."""
         own = (self._revisions, self._terminated, self._next, self._previous)
@@ -86,12 +100,16 @@ class ReplayBuffer:
             commit: Its number.
             rows: Of the step log's schema.
             inserted_ms: Clock, epoch milliseconds.
+
+        Raises:
+            LogError: commits before this one are missing, and the log does not have them (yet). The next call tries again.
         """
-        have = self.lineage.get(worker, -1)
-        if commit <= have:
+        if commit <= self.lineage.get(worker, -1):
             return
-        if commit > have + 1:
+        if commit > self.lineage.get(worker, -1) + 1:
             self._catch_up(worker, until=commit - 1, inserted_ms=inserted_ms)
+        if (have := self.lineage.get(worker, -1)) != commit - 1:
+            raise LogError(f"commit {commit} of {worker} follows commit {have}, and the log has nothing between them")
         self._limiter.insert(self._insert(rows))
         self._mark(worker, commit, inserted_ms)
 
@@ -108,47 +126,69 @@ class ReplayBuffer:
             self._mark(worker, commit, inserted_ms)
 
     def refill(self, workers: Sequence[str], *, inserted_ms: int = 0) -> None:
-        """Build the view again from the logs, after a restart; grants no sampling budget."""
-        for worker in workers:
-            for commit, rows in self._read_log(worker, self.lineage.get(worker, -1)):
-                self._insert(rows)
-                self._mark(worker, commit, inserted_ms)
+        """Build the view again from the logs, after a restart; grants no sampling budget.
+
+        Commits of several workers come in the order of the clock that made their rows, so that the ring keeps the newest of all.
+        """
+        logs = (self._timed(worker) for worker in workers)
+        for _, worker, commit, rows in heapq.merge(*logs, key=lambda entry: entry[:3]):
+            self._insert(rows)
+            self._mark(worker, commit, inserted_ms)
+
+    def _timed(self, worker: str) -> Iterator[tuple[int, str, int, pa.Table]]:
+        """A worker's commits with the clock of their newest row; never earlier than the commit before."""
+        clock_ms = 0
+        for commit, rows in self._read_log(worker, self.lineage.get(worker, -1)):
+            clock_ms = max(clock_ms, pc.max(rows["closed_ms"]).as_py() or 0)
+            yield clock_ms, worker, commit, rows
+
+    def limiter_state(self) -> dict[str, float]:
+        """The limiter's totals, for a checkpoint."""
+        return self._limiter.state()
+
+    def restore_limiter(self, totals: Mapping[str, float]) -> None:
+        """Go on with the totals of a checkpoint."""
+        self._limiter.restore(totals)
 
     def _mark(self, worker: str, commit: int, inserted_ms: int) -> None:
         self.lineage[worker] = commit
         self.inserted_ms[worker, commit] = inserted_ms
+        if len(self.inserted_ms) > MAX_TIMES:
+            del self.inserted_ms[next(iter(self.inserted_ms))]
 
     def _insert(self, rows: pa.Table) -> int:
         """Insert new steps and amend known ones; returns how many were new."""
         if not len(rows):
             return 0
         ids = rows["step_id"].to_pylist()
-        revisions = rows["revision"].to_numpy()
+        revisions = rows["revision"].to_numpy().tolist()
         next_ids, ended = rows["next_id"].to_pylist(), rows["ended"].to_pylist()
-        whole = rows["item_ids"].is_valid().to_numpy()
-        new = [int(i) for i in np.flatnonzero(whole) if ids[i] not in self._slots]
-        for start in range(0, len(new), self._capacity):
-            chunk = new[start : start + self._capacity]
-            slots = np.array([self._claim(ids[i]) for i in chunk], np.int64)
-            self._storage.write(slots, rows.take(pa.array(chunk)))
+        whole = rows["item_ids"].is_valid().to_pylist()
+        new = {ids[i]: i for i in reversed(range(len(ids))) if whole[i] and ids[i] not in self._slots}  # the first of each
+        order = list(reversed(new.values()))
+        for start in range(0, len(order), self._capacity):
+            chunk = order[start : start + self._capacity]
+            slots = [self._claim(ids[i]) for i in chunk]
+            self._storage.write(np.array(slots, np.int64), rows, np.array(chunk, np.int64))
             for i, slot in zip(chunk, slots, strict=True):
                 self._revisions[slot] = revisions[i]
-                self._follow(int(slot), next_ids[i], Ended(ended[i]))
-        self.num_inserted += len(new)
-        newest: dict[int, int] = {}  # slot -> row of its highest revision among the amendments
-        for i in np.flatnonzero(~whole).tolist():
-            slot = self._slots.get(ids[i], _NO_SLOT)
-            if slot == _NO_SLOT or revisions[i] <= self._revisions[slot]:
+                self._follow(slot, next_ids[i], Ended(ended[i]))
+        self.num_inserted += len(order)
+        newest: dict[int, int] = {}  # slot -> row of its highest revision among the later ones
+        for i, step_id in enumerate(ids):
+            if new.get(step_id) == i:
+                continue
+            slot = self._slots.get(step_id, _NO_SLOT)
+            if slot == _NO_SLOT or (revisions[i] <= self._revisions[slot] and not whole[i]):
                 self.num_ignored_amendments += 1
                 continue
-            self._revisions[slot] = revisions[i]
-            newest[int(slot)] = int(i)
+            self._revisions[slot] = revisions[i]  # a first row that comes again: its commit was voided, its revisions count anew
+            newest[slot] = i
         if newest:
-            chosen = list(newest.values())
-            self._storage.amend(np.fromiter(newest, np.int64), rows.take(pa.array(chosen)))
+            self._storage.amend(np.fromiter(newest, np.int64), rows, np.fromiter(newest.values(), np.int64))
             for slot, i in newest.items():
                 self._follow(slot, next_ids[i], Ended(ended[i]))
-        return len(new)
+        return len(order)
 
     def _claim(self, step_id: str) -> int:
         """The next slot of the ring; whoever is there goes, and its links with it."""
@@ -167,7 +207,7 @@ class ReplayBuffer:
         return slot
 
     def _link(self, slot: int, following: int) -> None:
-        self._next[slot], self._previous[following] = following, slot
+        self._next[slot], self._previous[following], self._next_ids[slot] = following, slot, None
         self._sampler.add(slot)
 
     def _unlink(self, slot: int) -> None:
@@ -182,13 +222,13 @@ class ReplayBuffer:
     def _follow(self, slot: int, next_id: str | None, ended: Ended) -> None:
         """Set what follows a step, and whether it can be sampled."""
         self._unlink(slot)
-        self._next_ids[slot], self._terminated[slot] = next_id, ended is Ended.TERMINATED
+        self._terminated[slot] = ended is Ended.TERMINATED
         if ended is Ended.HAS_NEXT and next_id is not None:
             following = self._slots.get(next_id)
             if following is not None:
                 self._link(slot, following)
                 return
-            self._waiting[next_id] = slot
+            self._waiting[next_id], self._next_ids[slot] = slot, next_id
         if ended is Ended.TERMINATED or (ended is Ended.TRUNCATED and self._sample_truncated):
             self._sampler.add(slot)
         else:
@@ -232,27 +272,14 @@ class ReplayBuffer:
         Raises:
             KeyError: it is not here.
         """
-        return {name: column[0] for name, column in self._storage.take(np.array([self._slots[step_id]])).items()}
+        slot = self._slots[step_id]
+        return {name: column[slot].copy() for name, column in self._storage.columns.items()}
 
     def _transitions(self, slots: npt.NDArray[np.int64]) -> TransitionBatch:
-        now = self._storage.take(slots)
         following = self._next[slots]
         has_next = (following != _NO_SLOT).astype(np.float32)
-        after = self._storage.take(np.where(following == _NO_SLOT, slots, following), ("states", "categorical", "scores", "shown"))
-        after["shown"] *= has_next[:, None]  # a step without a next list borrows its own columns, shown to nobody
-        return TransitionBatch(
-            states=now["states"],
-            categorical=now["categorical"],
-            scores=now["scores"],
-            actions=now["actions"],
-            anchor_actions=now["anchor_actions"],
-            rewards=now["rewards"],
-            shown=now["shown"],
-            valid=now["valid"],
-            next_states=after["states"],
-            next_categorical=after["categorical"],
-            next_scores=after["scores"],
-            next_shown=after["shown"],
-            has_next=has_next,
-            terminated=self._terminated[slots],
-        )
+        following = np.where(following == _NO_SLOT, slots, following)  # a step without a next list borrows its own columns ...
+        wanted = {name: (name, slots) for name in _NOW} | {f"next_{name}": (name, following) for name in _NEXT}
+        columns = self._storage.take(wanted)
+        columns["next_shown"] *= has_next[:, None]  # ... shown to nobody
+        return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from esrl_ray.errors import ConfigError
 
 
@@ -18,7 +20,7 @@ class Limiter:
         batch: Transitions of one call.
 
     Raises:
-        ConfigError: one call needs more than the budget can ever hold.
+        ConfigError: sampling could never start: one call needs more than the budget can ever hold, or `min_size` more than the buffer.
     """
 
     def __init__(self, *, samples_per_insert: float, min_size: int, capacity: int, batch: int) -> None:
@@ -30,10 +32,19 @@ class Limiter:
                 "replay.samples_per_insert",
                 "raise it, or lower learner.batch_size x learner.updates_per_call",
             )
+        if min_size > capacity:
+            raise ConfigError(f"min_size {min_size} exceeds capacity {capacity}: sampling would never start", "replay.min_size", "lower it")
         self._budget = 0.0
+        self.num_inserted = self.num_sampled = 0
+
+    @property
+    def budget(self) -> float:
+        """Transitions that may be sampled now."""
+        return self._budget
 
     def insert(self, steps: int) -> None:
         """Count new steps."""
+        self.num_inserted += steps
         self._budget = min(self._budget + self._ratio * steps, self._most)
 
     def take(self, samples: int, *, samplable: int) -> bool:
@@ -41,12 +52,14 @@ class Limiter:
         if samplable < self._min_size or self._budget < samples:
             return False
         self._budget -= samples
+        self.num_sampled += samples
         return True
 
-    def state(self) -> float:
-        """What is left, for a checkpoint."""
-        return self._budget
+    def state(self) -> dict[str, float]:
+        """Totals since the start of the run, and what is left of the budget, for a checkpoint."""
+        return {"inserted": self.num_inserted, "sampled": self.num_sampled, "budget": self._budget}
 
-    def restore(self, budget: float) -> None:
-        """Go on with what was left."""
-        self._budget = min(budget, self._most)
+    def restore(self, totals: Mapping[str, float]) -> None:
+        """Go on with what `state` said."""
+        self.num_inserted, self.num_sampled = int(totals["inserted"]), int(totals["sampled"])
+        self._budget = min(totals["budget"], self._most)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from esrl_ray.errors import LogError
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Bools
 
@@ -25,7 +27,6 @@ def widths(spec: Spec, num_groups: int) -> dict[str, tuple[int, type[np.float32]
         "actions": (spec.num_actions, np.float32),
         "anchor_actions": (spec.num_actions, np.float32),
         "rewards": (num_groups, np.float32),
-        "shown": (1, np.float32),
     }
 
 
@@ -40,10 +41,9 @@ class Storage:
     """
 
     def __init__(self, spec: Spec, *, num_groups: int, capacity: int, max_pairs: int) -> None:
-        self._widths, self._max_pairs = widths(spec, num_groups), max_pairs
-        self.columns = {name: np.zeros((capacity, max_pairs, width), kind) for name, (width, kind) in self._widths.items()}
-        self.columns["shown"] = self.columns["shown"][..., 0]
-        self.columns["valid"] = np.zeros((capacity, max_pairs), np.float32)
+        self._max_pairs = max_pairs
+        self.columns = {name: np.zeros((capacity, max_pairs, width), kind) for name, (width, kind) in widths(spec, num_groups).items()}
+        self.columns |= {name: np.zeros((capacity, max_pairs), np.float32) for name in ("shown", "valid")}
         self.num_pairs = np.zeros(capacity, np.int64)  # pairs of the step as logged, also those cut off
         self.kept = np.zeros((capacity, max_pairs), np.int16)  # which logged pair stands in each place
         self.num_cut_pairs = 0
@@ -53,21 +53,25 @@ class Storage:
         """Bytes of all columns."""
         return sum(c.nbytes for c in self.columns.values()) + self.num_pairs.nbytes + self.kept.nbytes
 
-    def write(self, slots: Slots, rows: pa.Table) -> None:
+    def write(self, slots: Slots, rows: pa.Table, chosen: Slots) -> None:
         """Write whole steps.
 
         Args:
             slots: (n,) where to.
-            rows: n rows of the step log with their bulky columns.
+            rows: Of the step log.
+            chosen: (n,) which of the rows; they have their bulky columns.
         """
-        pairs = pc.list_value_length(rows["shown"]).to_numpy().astype(np.int64)
-        shown = _flat(rows, "shown").astype(bool)
-        step, order = self._places(pairs, shown)
-        self.num_cut_pairs += int(np.maximum(pairs - self._max_pairs, 0).sum())
-        taken = order < self._max_pairs
-        target = (slots[step[taken]], order[taken])
+        lengths = _num_pairs(rows)
+        pairs = lengths[chosen]
+        source = _pairs_of(lengths, chosen)
+        bulky = _pairs_of(np.where(rows["states"].is_valid().to_numpy(), lengths, 0), chosen)  # amendments have nothing there
+        step, within = np.repeat(np.arange(len(chosen)), pairs), np.arange(len(source)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+        shown = _flat(rows, "shown").astype(bool)[source]
+        place = self._places(pairs, within, shown)
+        taken = place < self._max_pairs
+        target = (slots[step[taken]], place[taken])
+        self.num_cut_pairs += len(place) - int(taken.sum())
         self.num_pairs[slots] = pairs
-        within = np.arange(len(step)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
         self.kept[target] = within[taken]
         for name, column in self.columns.items():
             column[slots] = 1 if name == "scores" else 0
@@ -75,34 +79,76 @@ class Storage:
                 column[target] = 1
             elif name == "shown":
                 column[target] = shown[taken]
-            else:
-                column[target] = _flat(rows, name).reshape(len(step), -1)[taken]
+            elif width := column.shape[2]:
+                column[target] = _flat(rows, name).reshape(-1, width)[(source if name == "rewards" else bulky)[taken]]
 
-    def amend(self, slots: Slots, rows: pa.Table) -> None:
-        """Set the absolute rewards and shown masks of later revisions; `slots` (n,) are different steps."""
-        pairs = self.num_pairs[slots]
-        starts = np.cumsum(pairs) - pairs
+    def amend(self, slots: Slots, rows: pa.Table, chosen: Slots) -> None:
+        """Set the absolute rewards and shown masks of later revisions.
+
+        Args:
+            slots: (n,) of different steps.
+            rows: Of the step log.
+            chosen: (n,) which of the rows.
+
+        Raises:
+            LogError: a row has another number of pairs than its step.
+        """
+        lengths = _num_pairs(rows)
+        if (wrong := np.flatnonzero(lengths[chosen] != self.num_pairs[slots])).size:
+            row, slot = chosen[wrong[0]], slots[wrong[0]]
+            step_id = rows["step_id"][int(row)].as_py()
+            raise LogError(f"a later revision of step {step_id} has {lengths[row]} pairs, expected {self.num_pairs[slot]}")
+        starts = (np.cumsum(lengths) - lengths)[chosen]
         valid = self.columns["valid"][slots] > 0
         source = np.where(valid, starts[:, None] + self.kept[slots], 0)
-        rewards = _flat(rows, "rewards").reshape(int(pairs.sum()), -1)[source]
+        rewards = _flat(rows, "rewards").reshape(-1, self.columns["rewards"].shape[2])[source]
         self.columns["rewards"][slots] = np.where(valid[..., None], rewards, 0)
         self.columns["shown"][slots] = np.where(valid, _flat(rows, "shown").astype(np.float32)[source], 0)
 
-    def _places(self, pairs: Slots, shown: Bools) -> tuple[Slots, Slots]:
-        """For each logged pair its step, and its place: as logged, but shown pairs first where the step is too long."""
-        step = np.repeat(np.arange(len(pairs)), pairs)
-        place = np.arange(len(step)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+    def _places(self, pairs: Slots, within: Slots, shown: Bools) -> Slots:
+        """The place of each logged pair: as logged, but shown pairs first where the step is too long."""
+        place = within.copy()
+        starts = np.cumsum(pairs) - pairs
         for long in np.flatnonzero(pairs > self._max_pairs):
-            mine = step == long
+            mine = slice(starts[long], starts[long] + pairs[long])
             place[mine] = np.argsort(np.argsort(~shown[mine], kind="stable"), kind="stable")
-        return step, place
+        return place
 
-    def take(self, slots: Slots, names: Sequence[str] | None = None) -> dict[str, Any]:
-        """Columns of the steps in `slots` (n,): {name: (n, G, ...)}, all of them by default."""
-        return {name: self.columns[name][slots] for name in names or self.columns}
+    def take(self, wanted: Mapping[str, tuple[str, Slots]]) -> dict[str, npt.NDArray[Any]]:
+        """Columns of steps.
+
+        All of them stand in one allocation: with one each, a batch of some megabytes gives its pages back to the system every time, and
+        taking them again costs two to four times the copy.
+
+        Args:
+            wanted: {name in the result: (column, slots (n,) to take)}.
+
+        Returns:
+            {name: (n, G, ...)}, each contiguous.
+        """
+        shapes = {name: (len(slots), *self.columns[column].shape[1:]) for name, (column, slots) in wanted.items()}
+        arena, end = np.empty(sum(map(math.prod, shapes.values())), np.float32), 0
+        taken: dict[str, npt.NDArray[Any]] = {}
+        for name, (column, slots) in wanted.items():
+            start, end = end, end + math.prod(shapes[name])
+            taken[name] = arena[start:end].view(self.columns[column].dtype).reshape(shapes[name])
+            self.columns[column].take(slots, axis=0, out=taken[name], mode="clip")  # with the default mode numpy buffers `out`
+        return taken
+
+
+def _num_pairs(rows: pa.Table) -> Slots:
+    lengths: Slots = pc.list_value_length(rows["shown"]).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _pairs_of(lengths: Slots, chosen: Slots) -> Slots:
+    """Where the pairs of the chosen rows stand when the pairs of all rows, `lengths` each, stand one after the other."""
+    starts, mine = np.cumsum(lengths) - lengths, lengths[chosen]
+    ends = np.cumsum(mine)
+    return np.repeat(starts[chosen] - (ends - mine), mine) + np.arange(int(mine.sum()))
 
 
 def _flat(rows: pa.Table, name: str) -> npt.NDArray[np.generic]:
-    """All values of a list column, one after the other."""
+    """All values of a list column, one after the other; null lists have none."""
     values: npt.NDArray[np.generic] = pc.list_flatten(rows[name]).to_numpy()
     return values

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import ConfigError
+from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.replay.limiter import Limiter
 from esrl_ray.replay.sampler import Sampler
@@ -152,6 +154,40 @@ def test_a_repeated_commit_is_ignored_and_a_gap_is_read_from_the_log(config: Con
             np.testing.assert_array_equal(refilled.step(name)[column], value)
 
 
+def test_a_gap_that_the_log_does_not_have_is_an_error_and_not_a_loss(config: Config) -> None:
+    tables = [(n, rows_to_table([step(config, name)])) for n, name in enumerate("abc")]
+    visible: list[tuple[int, pa.Table]] = tables[:1]
+    buffer = ReplayBuffer(config, seed=0, read_log=lambda worker, after: iter(visible[after + 1 :]))
+    with pytest.raises(LogError, match="commit 2 of w follows commit 0"):
+        buffer.apply("w", 2, tables[2][1], inserted_ms=0)
+    assert buffer.lineage == {"w": 0} and buffer.size == 1
+    visible = tables
+    buffer.apply("w", 2, tables[2][1], inserted_ms=0)
+    assert buffer.lineage == {"w": 2} and buffer.num_inserted == 3
+
+
+def test_after_a_voided_commit_what_comes_again_counts(config: Config) -> None:
+    buffer = buffer_of(config, [step(config, "a")], [step(config, "a", revision=2, reward=5.0, ended=Ended.TERMINATED)])
+    again, later = step(config, "a", reward=1.0), step(config, "a", revision=1, reward=2.0, next_id="b", ended=Ended.HAS_NEXT)
+    buffer.apply("w", 2, rows_to_table([again]), inserted_ms=2)
+    assert buffer.step("a")["rewards"][:, 0].tolist() == [0, 1, 1, 0] and buffer.samplable_ids() == set()
+    buffer.apply("w", 3, rows_to_table([later, step(config, "b"), step(config, "b", revision=1, reward=4.0)]), inserted_ms=3)
+    assert buffer.step("a")["rewards"][:, 0].tolist() == [0, 2, 2, 0] and buffer.samplable_ids() == {"a"}
+    assert buffer.step("b")["rewards"][:, 0].tolist() == [0, 4, 4, 0] and buffer.num_inserted == 2
+
+
+def test_a_revision_with_another_number_of_pairs_is_refused(config: Config) -> None:
+    buffer = buffer_of(config, [step(config, "a")])
+    with pytest.raises(LogError, match="later revision of step a has 2 pairs, expected 3"):
+        buffer.apply("w", 1, rows_to_table([step(config, "a", revision=1, pairs=2)]), inserted_ms=1)
+
+
+def test_the_recent_lists_are_the_newest_with_or_without_a_next_list(config: Config) -> None:
+    assert buffer_of(config).recent_lists(3) is None
+    batch = buffer_of(config, [step(config, f"{i}") for i in range(10)]).recent_lists(3)
+    assert batch is not None and batch["states"][:, 0, 0].tolist() == [ord("9"), ord("8"), ord("7")] and not batch["has_next"].any()
+
+
 def test_the_ring_drops_the_oldest_and_its_links(config: Config) -> None:
     rows = [step(config, chr(97 + i), next_id=chr(98 + i), ended=Ended.HAS_NEXT) for i in range(11)]  # a..k, each waiting for the next
     buffer = buffer_of(config, rows[:8], rows[8:])
@@ -168,9 +204,29 @@ def test_samples_per_insert_bounds_sampling_and_never_insertion() -> None:
     assert not limiter.take(4, samplable=2), "below min_size"
     assert limiter.take(4, samplable=3) and not limiter.take(1, samplable=3)
     limiter.insert(1_000)
-    assert limiter.state() == 20, "at most a full buffer's budget"
+    assert limiter.budget == 20, "at most a full buffer's budget"
     with pytest.raises(ConfigError, match=r"one call draws 21 transitions.*= 20"):
         Limiter(samples_per_insert=2.0, min_size=3, capacity=10, batch=21)
+    with pytest.raises(ConfigError, match="min_size 11 exceeds capacity 10"):
+        Limiter(samples_per_insert=2.0, min_size=11, capacity=10, batch=4)
+
+
+def test_the_limiters_totals_survive_a_checkpoint(config: Config) -> None:
+    buffer, other = buffer_of(config, [step(config, "a", ended=Ended.TERMINATED), step(config, "b")]), buffer_of(config)
+    assert buffer.sample(4) is not None
+    other.restore_limiter(buffer.limiter_state())
+    assert other.limiter_state() == {"inserted": 2, "sampled": 4, "budget": 196.0}
+
+
+def test_amendments_and_refills_grant_no_budget(config: Config) -> None:
+    rows = [[step(config, "a", ended=Ended.TERMINATED)], [step(config, "a", revision=1, ended=Ended.TERMINATED)]]
+    buffer = buffer_of(config, *rows)
+    assert buffer.limiter_state()["budget"] == 100
+    refilled = ReplayBuffer(config, seed=0, read_log=lambda worker, after: ((n, rows_to_table(r)) for n, r in enumerate(rows)))
+    refilled.refill(["w"])
+    assert refilled.limiter_state()["budget"] == 0 and refilled.num_samplable == 1
+    refilled.apply("w", 2, rows_to_table([step(config, "b")]), inserted_ms=0)
+    assert refilled.limiter_state()["budget"] == 100
 
 
 def test_the_sampler_is_uniform_over_what_is_left() -> None:
@@ -185,12 +241,26 @@ def test_the_sampler_is_uniform_over_what_is_left() -> None:
     assert abs(counts[counts > 0] - 10_000).max() < 5 * np.sqrt(10_000)
 
 
-def test_sampling_is_determined_by_the_seed_and_memory_is_the_payload(config: Config) -> None:
+def test_sampling_is_determined_by_the_seed(config: Config) -> None:
     rows = [step(config, f"x{i}", ended=Ended.TERMINATED) for i in range(6)]
     one, two = buffer_of(config, rows).sample(4), buffer_of(config, rows).sample(4)
     assert one is not None and two is not None
     np.testing.assert_array_equal(one["states"], two["states"])
-    big = ReplayBuffer(load_config("configs/demo.yaml"), seed=0, read_log=no_log)
-    spec, q, g = config.spec.build(), config.reward.num_groups, 15
-    payload = 200_000 * g * 4 * (spec.num_features + spec.num_categorical + spec.num_scores + 2 * spec.num_actions + q + 2)
-    assert big.num_bytes <= 1.1 * payload
+
+
+def test_memory_is_the_payload_and_a_tenth_with_all_ids_and_links() -> None:
+    config = load_config("configs/demo.yaml", ["replay.capacity=3000"])
+    names = [f"{i:032x}" for i in range(3_001)]
+    rows = [step(config, n, next_id=m, ended=Ended.HAS_NEXT, pairs=15) for n, m in pairwise(names)]
+    tables = [rows_to_table(rows[i : i + 500]) for i in range(0, 3_000, 500)]
+    spec, q = config.spec.build(), config.reward.num_groups
+    payload = 3_000 * 15 * 4 * (spec.num_features + spec.num_categorical + spec.num_scores + 2 * spec.num_actions + q + 2)
+    tracemalloc.start()
+    try:
+        buffer = ReplayBuffer(config, seed=0, read_log=no_log)
+        for n, table in enumerate(tables):
+            buffer.apply("w", n, table, inserted_ms=n)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert buffer.size == 3_000 and payload < buffer.num_bytes < used <= 1.1 * payload
