@@ -78,6 +78,10 @@ class FuseReplica:
         await self._replica.start()
         return application(self._replica, self._telemetry)
 
+    async def check_health(self) -> None:
+        """Serve asks every `health_check_period_s`."""
+        self._replica.check()
+
     async def status(self) -> dict[str, object]:
         """What this replica has done, by handle."""
         return dict(vars(self._replica.status()))

@@ -7,7 +7,6 @@ down. The store may be away at any time: at the start its files are read instead
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections import Counter, deque
@@ -19,14 +18,14 @@ import msgspec
 import ray.exceptions
 
 from esrl_ray.config import Config
-from esrl_ray.errors import PolicyRejected, RequestError
+from esrl_ray.errors import LoopError, PolicyRejected, RequestError
 from esrl_ray.policy.store import PolicySnapshot, read_snapshot
 from esrl_ray.telemetry import Telemetry, log_change
 from serve.fuser import Served, decide
 from serve.schemas import FuseReply, PolicyReply, SwapTime, parse
 from streaming.wire import Decision
 
-STORE_AWAY = (ray.exceptions.RayError, TimeoutError, ValueError, PolicyRejected)
+STORE_AWAY = (ray.exceptions.RayError, OSError, ValueError, PolicyRejected)
 """What a call to a store raises that is being restarted, is gone, or cannot read its folder."""
 START_S, POLL_S, STATUS_S = 30.0, 20.0, 1.0
 RETRY_S, MAX_RETRY_S = 0.05, 2.0
@@ -104,6 +103,7 @@ class Replica:
         self._store, self._producer, self._clock_ms, self._new_id, self._telemetry = store, producer, clock_ms, new_id, telemetry
         self._served: Served | None = None
         self._have = -1  # sequence of the newest snapshot that was looked at
+        self._since_ms = 0
         self._swaps: deque[SwapTime] = deque(maxlen=SWAPS_KEPT)
         self._decisions = self._refused = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -131,14 +131,22 @@ class Replica:
             _logger.warning("the policy store does not answer, reading its files: %s", _first_line(error))
             snapshot = read_snapshot(self.config.run.path / "policies")
         self._swap(snapshot, await asyncio.to_thread(self._prepare, snapshot))
-        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._report())]
+        self._tasks = [
+            asyncio.create_task(self._follow(), name="following the policy store"),
+            asyncio.create_task(self._report(), name="reporting"),
+        ]
+
+    def check(self) -> None:
+        """Raise LoopError when following or reporting has ended: Serve then replaces this replica."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled():
+                raise LoopError(f"{task.get_name()} ended: {task.exception()!r}", f"replica {self.name}")
 
     async def stop(self, *, timeout_s: float = 10.0) -> None:
         """Stop following, flush the producer, write the last status."""
         for task in self._tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # `check` has told why one ended before
         await asyncio.to_thread(self._producer.close, timeout_s=timeout_s)
         self._write_status(closed=True)
 
@@ -161,7 +169,7 @@ class Replica:
 
     def policy(self) -> PolicyReply:
         """What serves now, and since when."""
-        served, swaps = self.served, list(self._swaps)
+        served = self.served
         return PolicyReply(
             version=served.current.version,
             digest=served.current.manifest.digest,
@@ -170,9 +178,9 @@ class Replica:
             anchor_version=served.round.anchor_version,
             pinned=served.pinned,
             published_ms=served.published_ms,
-            swapped_ms=swaps[-1].swapped_ms,
+            swapped_ms=self._since_ms,
             replica=self.name,
-            swaps=swaps[-SWAPS_SHOWN:],
+            swaps=list(self._swaps)[-SWAPS_SHOWN:],
         )
 
     def status(self, *, closed: bool = False) -> ReplicaStatus:
@@ -210,11 +218,14 @@ class Replica:
         self._served = served  # requests in flight keep the old object
         if old is not None and old.current.version == new:
             return
-        now_ms = self._clock_ms()
-        self._swaps.append(SwapTime(new, served.published_ms, now_ms))
+        self._since_ms = now_ms = self._clock_ms()
         log_change(_logger, "policy swapped", {"version": new, "round": served.round.number, "pinned": served.pinned, "replica": self.name})
         if self._telemetry is not None:
             self._telemetry.gauge("esrl_policy_served_version", new, replica=self.name)
+        if old is None:
+            return  # the first one is no swap: it may have been published long before this replica was there
+        self._swaps.append(SwapTime(new, served.published_ms, now_ms))
+        if self._telemetry is not None:
             self._telemetry.observe("esrl_policy_swap_seconds", max(0, now_ms - served.published_ms) / 1e3)
 
     async def _follow(self) -> None:

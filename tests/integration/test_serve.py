@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def endpoint() -> Iterator[Endpoint]:
     """A Ray of its own with two replicas. Whatever happens, everything that it started is ended by its mark."""
     before, mark, folder = dict(os.environ), uuid.uuid4().hex[:8], Path(tempfile.mkdtemp(prefix="esrl-t", dir="/tmp"))
     os.environ.update({**serve_environment(folder / "h"), watchdog.MARK: mark, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
-    pipe = watchdog.start(mark, [folder])
+    ending = watchdog.start(mark, [folder])
     try:
         with EmbeddedBroker.start(folder / "broker") as broker:
             values = [f"run.dir={folder}/run", f"kafka.bootstrap_servers={broker.bootstrap_servers}", "kafka.num_partitions=2"]
@@ -84,9 +83,7 @@ def endpoint() -> Iterator[Endpoint]:
             yield Endpoint(config, url, ray.get_actor("policy_store", namespace=NAMESPACE), broker)
             ray.shutdown()
     finally:
-        watchdog.end_all(mark)
-        shutil.rmtree(folder, ignore_errors=True)
-        pipe.close()
+        watchdog.stop(ending)
         os.environ.clear()
         os.environ.update(before)
 

@@ -14,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from esrl_ray.config import Config, RunConfig, ServeConfig
-from esrl_ray.errors import PolicyRejected
+from esrl_ray.errors import LoopError, PolicyRejected
 from esrl_ray.policy.policy import Policy
 from esrl_ray.policy.store import PolicySnapshot
 from esrl_ray.policy.store_actor import PolicyStoreActor
@@ -118,7 +118,8 @@ def test_a_replica_swaps_within_its_long_poll_and_remembers_when(tmp_path: Path)
         assert replica.fuse(BODY).policy_version == 3
         assert [d.policy_version for d in producer.sent] == [1, 3]
         policy = replica.policy()
-        assert [swap.version for swap in policy.swaps] == [1, 2, 3] and policy.swapped_ms == policy.swaps[-1].swapped_ms >= 20_000
+        assert [swap.version for swap in policy.swaps] == [2, 3], "the first policy is no swap"
+        assert policy.swapped_ms == policy.swaps[-1].swapped_ms >= 20_000
         assert policy.published_ms == policy.swaps[-1].published_ms < 10_000 and policy.digest == replica.served.current.manifest.digest
         await replica.stop()
         (status,) = read_statuses(tmp_path)
@@ -139,7 +140,7 @@ def test_a_new_round_and_a_pin_arrive_without_a_new_version(tmp_path: Path) -> N
         await until(lambda: replica.served.pinned)
         await store.unpin()
         await until(lambda: not replica.served.pinned)
-        assert [swap.version for swap in replica.policy().swaps] == [1, 2]
+        assert [swap.version for swap in replica.policy().swaps] == [2]
         await replica.stop()
 
     go(scenario())
@@ -203,11 +204,36 @@ def test_an_older_a_damaged_or_a_foreign_snapshot_is_refused(tmp_path: Path) -> 
             news.put_nowait(bad)
         await until(news.empty)
         await asyncio.sleep(0.1)
-        assert replica.version == 3 and replica.policy().digest == digest and len(replica.policy().swaps) == 1
+        assert replica.version == 3 and replica.policy().digest == digest and not replica.policy().swaps
         await store.publish(static(config, 0.3), None)
         news.put_nowait(msgspec.structs.replace(await store.snapshot(), sequence=later + 1))
         await until(lambda: replica.version == 4)
         await replica.stop()
+
+    go(scenario())
+
+
+def test_a_replica_that_cannot_follow_any_more_is_unhealthy(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = deployment(tmp_path)
+        store = store_of(config)
+
+        class Broken:
+            async def snapshot(self) -> PolicySnapshot:
+                return await store.snapshot()
+
+            async def wait_newer(self, have: int, timeout_s: float) -> PolicySnapshot | None:
+                raise ZeroDivisionError("a bug")
+
+        replica, producer = replica_of(config, Broken())
+        await replica.start()
+        replica.check()
+        await asyncio.sleep(0.05)
+        with pytest.raises(LoopError, match="following the policy store ended"):
+            replica.check()
+        assert replica.fuse(BODY).policy_version == 1
+        await replica.stop()
+        assert producer.closed
 
     go(scenario())
 
