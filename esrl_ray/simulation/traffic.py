@@ -12,11 +12,11 @@ from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import aiohttp
 import msgspec
 import numpy as np
 
 from esrl_ray.config import Config, DemoConfig
+from esrl_ray.errors import EsrlError
 from esrl_ray.simulation.draws import uniform
 from esrl_ray.simulation.users import BEHAVIOURS, Page, Sessions, World
 
@@ -41,7 +41,7 @@ class Reply(Protocol):
 
 
 Fuse = Callable[[bytes], Awaitable[tuple[Any, Mapping[str, str]]]]
-"""Sends a request's JSON; raises aiohttp.ClientError when there is no 200 after all tries."""
+"""Sends a request's JSON; raises an `EsrlError` when it is refused, anything else when there is no 200 after all tries."""
 Send = Callable[..., None]
 """Sends feedback: event_id, decision_id, session_id, behaviour, event_time_ms, item_id, value."""
 
@@ -182,7 +182,7 @@ class SimulatedTraffic:
                 self._tasks.add(task)
                 task.add_done_callback(self._finished)
             self.outbox.post()
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # `_finished` has noted them
         self.outbox.post(everything=True)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -235,7 +235,9 @@ class SimulatedTraffic:
         self.counts.requests += 1
         try:
             reply, headers = await self._fuse(body)
-        except aiohttp.ClientError:
+        except EsrlError:  # a refusal: our request is wrong, and so would be the next ones
+            raise
+        except Exception:  # whatever the client raises when there is no 200 after all tries
             self.counts.requests_failed += 1
             return None
         now_ms = self._clock_ms()

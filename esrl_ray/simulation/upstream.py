@@ -1,6 +1,6 @@
 """The simulator's upstream model: five scores per candidate, biased and noisy in ways that depend on user and item.
 
-A fusion that only trusts one vector of weights cannot undo this; one that sees the pair can (spikes: a simulator that tells methods apart).
+A fusion that only trusts one vector of weights cannot undo this; one that sees the pair can.
 """
 
 from __future__ import annotations
