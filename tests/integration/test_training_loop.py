@@ -48,6 +48,7 @@ def clock_ms() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
     ray.init(address="local", namespace=actors.NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
