@@ -74,7 +74,7 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
         lock.flush()
         before = os.environ.get(watchdog.MARK)
         os.environ[watchdog.MARK] = run.id
-        guard = watchdog.start(run.id, [run.temporary])
+        guard = watchdog.start(run.id, [run.temporary, folder / LOCK])
         catch_signals()
         try:
             yield run
@@ -86,7 +86,6 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
             os.environ.pop(watchdog.MARK) if before is None else os.environ.update({watchdog.MARK: before})
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    (folder / LOCK).unlink(missing_ok=True)
 
 
 def disconnect(timeout_s: float = 10.0) -> None:

@@ -50,14 +50,14 @@ def end_all(mark: str, *, grace_s: float = 5.0) -> int:
     return num
 
 
-def start(mark: str, folders: list[Path]) -> subprocess.Popen[bytes]:
+def start(mark: str, leftovers: list[Path]) -> subprocess.Popen[bytes]:
     """Start a watchdog; it acts when its standard input closes, so when this process dies, or at `stop`.
 
     Args:
         mark: Value of `ESRL_RUN` that the descendants carry.
-        folders: Removed afterwards.
+        leftovers: Files and folders that it removes afterwards.
     """
-    return subprocess.Popen([sys.executable, "-m", MODULE, mark, *map(str, folders)], stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-m", MODULE, mark, *map(str, leftovers)], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def stop(watchdog: subprocess.Popen[bytes]) -> None:
@@ -68,8 +68,8 @@ def stop(watchdog: subprocess.Popen[bytes]) -> None:
 def _main() -> None:
     sys.stdin.buffer.read()
     end_all(sys.argv[1])
-    for folder in sys.argv[2:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in map(Path, sys.argv[2:]):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
