@@ -64,6 +64,7 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
         except OSError as error:
             raise ConfigError("another run is using this folder", str(folder), "choose another --out, or end that run") from error
         if foreign := sorted(p.name for p in folder.iterdir() if p.name not in (*OWN_ENTRIES, LOCK)):
+            (folder / LOCK).unlink()
             raise ConfigError(f"the folder holds files that are not a run's: {foreign[:5]}", str(folder), "choose another --out")
         lock.truncate(0)
         for name in OWN_ENTRIES:
