@@ -184,6 +184,24 @@ def test_old_state_files_and_orphans_are_swept(tmp_path: Path, config: Config) -
     assert sorted(path.name for path in (tmp_path / "w" / STATE_FOLDER).iterdir()) == [f"{n:012d}.one.msgpack" for n in (5, 6, 7)]
 
 
+def test_a_crash_while_a_commit_is_voided_is_repaired_by_the_next_restart(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, config)
+    next((tmp_path / "w" / STATE_FOLDER).glob(f"{2:012d}.*")).write_bytes(b"")
+
+    def crash(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DeltaTable, "restore", crash)
+        log_of(tmp_path, config, "two").restore()
+    for incarnation in ("three", "four"):  # the second one finds it done
+        restored = log_of(tmp_path, config, incarnation).restore()
+        assert restored is not None and (restored.commit, restored.positions) == (2, state(1).positions)
+        assert [len(rows) for _, rows in read_commits(tmp_path, "w")] == [2, 0, 0]
+
+
 def test_both_damaged_is_an_error_that_names_the_file(tmp_path: Path, config: Config) -> None:
     fill(tmp_path, config)
     for path in (tmp_path / "w" / STATE_FOLDER).iterdir():
