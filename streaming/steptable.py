@@ -136,7 +136,12 @@ def _take(column: pa.ChunkedArray, index: np.ndarray) -> pa.Array | pa.ChunkedAr
     if not pa.types.is_list(column.type):
         return column.take(pa.array(index))
     lists = column.combine_chunks()
-    offsets, lengths = lists.offsets.to_numpy(), _lengths(lists)[index]  # those that are taken are never null
+    starts, lengths = lists.offsets.to_numpy()[:-1][index], _lengths(lists)[index]  # those that are taken are never null
     ends = np.cumsum(lengths)
-    values = lists.values.take(pa.array(np.repeat(offsets[:-1][index] - (ends - lengths), lengths) + np.arange(lengths.sum())))
+    width = int(lengths[0]) if len(lengths) else 0
+    even = width > 0 and (lengths == width).all() and not len(lists.values) % width and not (starts % width).any()
+    if even and pa.types.is_floating(lists.type.value_type):  # all lists are blocks of one width: no index per value
+        values = pa.array(lists.values.to_numpy().reshape(-1, width)[starts // width].reshape(-1))
+    else:
+        values = lists.values.take(pa.array(np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())))
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), values, type=column.type)

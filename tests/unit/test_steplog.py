@@ -16,7 +16,7 @@ from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.vocabulary import Ended
 from streaming import statefiles
 from streaming.steplog import STATE_FOLDER, CommitInfo, StepLog, WorkerState, commit_history, list_workers, read_commits, read_steps
-from streaming.steptable import rows_to_table
+from streaming.steptable import merge_steps, rows_to_table
 from tests.unit.test_replay import step
 
 
@@ -62,6 +62,18 @@ def test_steps_are_merged_over_revisions_and_can_be_read_as_of_a_commit(tmp_path
     assert now["ended"].to_pylist() == ["has_next", "open"] and then["ended"].to_pylist() == ["open", "open"]
     assert now["rewards"][0].as_py() == [0, 0, 7, 7, 7, 7] and now["item_ids"][0].as_py() == ["a0", "a1", "a2"]
     assert np.isclose(now["states"][0].as_py(), ord("a")).all()
+
+
+@pytest.mark.parametrize("widths", [(3, 3, 3), (3, 4, 2)])
+def test_merging_keeps_every_value_with_lists_of_one_width_and_of_several(config: Config, widths: tuple[int, ...]) -> None:
+    names = ("x", "y", "z")
+    first = [step(config, name, pairs=pairs, reward=1.0) for name, pairs in zip(names, widths, strict=True)]
+    again = [step(config, "y", pairs=widths[1], revision=1, reward=9.0), step(config, "gone", revision=1)]
+    chunks = [rows_to_table([again[1], first[2], first[1]]), rows_to_table([again[0], first[0]])]
+    merged = merge_steps(pa.concat_tables(chunks))
+    expected = rows_to_table(first).to_pylist()
+    expected[1] |= {"revision": 1, "rewards": rows_to_table(again)["rewards"][0].as_py()}
+    assert merged.to_pylist() == expected
 
 
 def test_a_second_incarnation_fences_the_first(tmp_path: Path, config: Config) -> None:
