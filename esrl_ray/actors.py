@@ -21,7 +21,9 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS
 _logger = logging.getLogger(__name__)
 
 
-def spawn(name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, env: Mapping[str, str] = {}) -> ActorHandle:  # noqa: B006 - never changed
+def spawn(
+    name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, env: Mapping[str, str] = {}
+) -> ActorHandle:  # noqa: B006 - never changed
     """Get the actor of this name, or make it.
 
     Args:

@@ -61,7 +61,9 @@ class SpecConfig(Section):
         if len(self.power_base) != len(self.scores):
             raise ValueError(f"power_base has {len(self.power_base)} values for {len(self.scores)} scores")
         if self.bias_base - self.bias_span < 0:
-            raise ValueError(f"bias_base {self.bias_base} - bias_span {self.bias_span} < 0: a score + bias could be negative and has no power")
+            raise ValueError(
+                f"bias_base {self.bias_base} - bias_span {self.bias_span} < 0: a score + bias could be negative and has no power"
+            )
         names = [*self.user_features, *self.item_features, *self.context_features, *(c.name for c in self.categorical_features)]
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"feature names must differ, used twice: {sorted(twice)}")
@@ -147,11 +149,15 @@ class KafkaConfig(Section):
     feedback_topic: str = Field("feedback", description="Topic of `Feedback` events.")
     num_partitions: Positive = Field(4, description="Partitions of both topics; created or checked at start.")
     replication_factor: Positive = Field(1, description="Used only when a topic is created.")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field("PLAINTEXT", description="Kafka's setting of that name.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="Kafka's setting of that name."
+    )
     sasl_mechanism: str | None = Field(None, description="Kafka's setting of that name.")
     sasl_username: str | None = Field(None, description="Kafka's setting of that name.")
     sasl_password: SecretStr | None = Field(None, description="Secret; set it by the environment variable ESRL_KAFKA_PASSWORD.")
-    max_dead_letter_share: float = Field(0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused.")
+    max_dead_letter_share: float = Field(
+        0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused."
+    )
 
 
 class JoinConfig(Section):
@@ -159,11 +165,18 @@ class JoinConfig(Section):
 
     label_age_s: Seconds = Field(4.0, description="A step closes when the watermark is this far past its decision.")
     lateness_s: Seconds = Field(5.0, description="The watermark follows the newest timestamp of the slower topic at this distance.")
-    gap_s: Annotated[float, Field(gt=0)] | None = Field(15.0, description="Inactivity that ends a session (terminated); null: sessions end by `leave` only.")
-    amend_s: Seconds = Field(30.0, description="Late feedback amends a closed step for this long while its session is open; later it is counted late.")
+    gap_s: Annotated[float, Field(gt=0)] | None = Field(
+        15.0, description="Inactivity that ends a session (terminated); null: sessions end by `leave` only."
+    )
+    amend_s: Seconds = Field(
+        30.0, description="Late feedback amends a closed step for this long while its session is open; later it is counted late."
+    )
     dedup_s: Annotated[float, Field(gt=0)] = Field(120.0, description="Event ids are remembered this long; an older event is counted late.")
     max_ahead_s: Annotated[float, Field(gt=0)] = Field(300.0, description="A timestamp further ahead of the clock is a dead letter.")
-    require_shown: bool = Field(True, description="`shown` feedback sets the mask; a decision never shown is counted and dropped. Off: every position >= 0 counts as shown.")
+    require_shown: bool = Field(
+        True,
+        description="`shown` feedback sets the mask; a decision never shown is counted and dropped. Off: every position >= 0 counts as shown.",
+    )
     max_open_sessions: Positive = Field(50_000, description="Per partition; above it the oldest session is truncated.")
 
     @model_validator(mode="after")
@@ -171,7 +184,9 @@ class JoinConfig(Section):
         if self.gap_s is not None and self.gap_s < self.label_age_s:
             raise ValueError(f"gap_s {self.gap_s} < label_age_s {self.label_age_s}: sessions would end before their steps close")
         if self.dedup_s < self.lateness_s + self.label_age_s:
-            raise ValueError(f"dedup_s {self.dedup_s} < lateness_s {self.lateness_s} + label_age_s {self.label_age_s}: duplicates could count twice")
+            raise ValueError(
+                f"dedup_s {self.dedup_s} < lateness_s {self.lateness_s} + label_age_s {self.label_age_s}: duplicates could count twice"
+            )
         return self
 
 
@@ -189,8 +204,12 @@ class ReplayConfig(Section):
     num_shards: Positive = Field(1, description="Replay shard actors; worker i feeds shard i % num_shards.")
     capacity: Positive = Field(200_000, description="Steps per shard; the oldest are dropped.")
     min_size: Positive = Field(1_000, description="Steps that can be sampled before sampling starts.")
-    samples_per_insert: Annotated[float, Field(gt=0)] = Field(12.8, description="Sampled transitions per new step, at most; bounds sampling, never insertion.")
-    sample_truncated: bool = Field(False, description="Also sample truncated steps, which have no next list to bootstrap from; needs learner.gamma 0.")
+    samples_per_insert: Annotated[float, Field(gt=0)] = Field(
+        12.8, description="Sampled transitions per new step, at most; bounds sampling, never insertion."
+    )
+    sample_truncated: bool = Field(
+        False, description="Also sample truncated steps, which have no next list to bootstrap from; needs learner.gamma 0."
+    )
 
     @model_validator(mode="after")
     def _can_start(self) -> Self:
@@ -207,7 +226,9 @@ class LearnerConfig(Section):
     hidden_sizes: tuple[Positive, ...] = Field((64, 64), min_length=1, description="Widths of actor and critics.")
     embedding_size: Positive = Field(8, description="Width of a categorical feature's embedding.")
     td: Literal["list_sum", "per_pair"] = Field("list_sum", description="TD on the sum over the list (the paper) or per pair (ablation).")
-    actor_loss: Literal["listwise", "printed"] = Field("listwise", description="`printed` is Eq. (4); `listwise` is our default (docs/paper.md).")
+    actor_loss: Literal["listwise", "printed"] = Field(
+        "listwise", description="`printed` is Eq. (4); `listwise` is our default (docs/paper.md)."
+    )
     temperature: float = Field(0.3, gt=0, description="Softmax temperature of the listwise actor loss.")
     std_penalty: float = Field(0.2, ge=0, description="Weight of the critics' disagreement [lambda].")
     bound_penalty: float = Field(0.1, ge=0, description="Weight of the bound penalty [eta].")
@@ -321,15 +342,21 @@ class Config(Section):
         if replay.sample_truncated and learner.gamma > 0:
             raise ValueError(f"replay.sample_truncated needs learner.gamma 0, it is {learner.gamma}: a truncated step has no next list")
         if self.ingest.num_workers > self.kafka.num_partitions:
-            raise ValueError(f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: some would have nothing to read")
+            raise ValueError(
+                f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: some would have nothing to read"
+            )
         if replay.num_shards > self.ingest.num_workers:
-            raise ValueError(f"replay.num_shards {replay.num_shards} > ingest.num_workers {self.ingest.num_workers}: a shard without a worker stays empty")
+            raise ValueError(
+                f"replay.num_shards {replay.num_shards} > ingest.num_workers {self.ingest.num_workers}: a shard without a worker stays empty"
+            )
         if learner.group_weights is not None and len(learner.group_weights) != self.reward.num_groups:
             raise ValueError(f"learner.group_weights has {len(learner.group_weights)} values for {self.reward.num_groups} reward groups")
         if self.serve.list_size > self.serve.max_candidates:
             raise ValueError(f"serve.list_size {self.serve.list_size} > serve.max_candidates {self.serve.max_candidates}")
         if self.exploration.warmup_steps > self.exploration.round_steps:
-            raise ValueError(f"exploration.warmup_steps {self.exploration.warmup_steps} > round_steps {self.exploration.round_steps}: round 0 would end before it has a normaliser")
+            raise ValueError(
+                f"exploration.warmup_steps {self.exploration.warmup_steps} > round_steps {self.exploration.round_steps}: round 0 would end before it has a normaliser"
+            )
         return self
 
     @property

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 
 import click
 
-from esrl_ray.cli.config import config_group
-from esrl_ray.cli.demo import demo
-from esrl_ray.cli.ingest import ingest
-from esrl_ray.cli.log import log_group
-from esrl_ray.cli.policy import policy_group
-from esrl_ray.cli.simulate import simulate
-from esrl_ray.cli.train import train
 from esrl_ray.errors import EsrlError
 
+COMMANDS = {
+    "config": "config:config_group",
+    "demo": "demo:demo",
+    "ingest": "ingest:ingest",
+    "log": "log:log_group",
+    "policy": "policy:policy_group",
+    "simulate": "simulate:simulate",
+    "train": "train:train",
+}
+"""Name -> module below `esrl_ray.cli` and its command. Imported when it is called: Ray takes seconds, and reads its environment then."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+
+class Commands(click.Group):
+    """Imports a command when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(f"esrl_ray.cli.{module}"), name)
+        return command
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("-v", "--verbose", is_flag=True, help="Log one line per change of state.")
 def cli(verbose: bool) -> None:
     """Online reinforcement learning for multi-task fusion: decide, log, join, replay, learn, publish."""
-    logging.getLogger("kafka").propagate = False
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-
-
-for command in (demo, train, ingest, simulate, policy_group, log_group, config_group):
-    cli.add_command(command)
+    kafka = logging.getLogger("kafka")  # it tells every attempt at a broker that is down; our own parts say so once
+    kafka.propagate = False
+    kafka.addHandler(logging.NullHandler())
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
-"""`esrl demo`: the whole loop on one machine, on real parts; then the report."""
+"""The whole loop on one machine, on real parts; then the report."""
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import psutil
 import ray
 from ray.actor import ActorHandle
@@ -22,9 +20,9 @@ from esrl_ray.cli.collect import Glance, Readings, glance_at, make_report
 from esrl_ray.cli.live import open_view
 from esrl_ray.cli.local import LocalRun, RayWatch, local_run, pss_bytes, say, start_ray
 from esrl_ray.cli.traffic import TrafficPart
-from esrl_ray.config import Config, load_config
+from esrl_ray.config import Config
 from esrl_ray.errors import BrokerError, LoopError
-from esrl_ray.evaluation.report import interval_text, promises, write_report
+from esrl_ray.evaluation.report import Report, interval_text, promises, write_report
 from serve.app import check_free, deploy_local, serve_environment, stop_local
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 
@@ -80,33 +78,17 @@ class Loop:
         return statuses
 
 
-@click.command()
-@click.option("--config", "path", help="YAML of the deployment; default configs/demo.yaml, or configs/kuairand.yaml with --data.")
-@click.option("--seconds", type=float, help="Length of the run, from the first served decision.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of a KuaiRand log: real input instead of the simulator.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder of everything that the run writes."
-)
-@click.option("--bootstrap-servers", help="Use this broker instead of an embedded one.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. learner.gamma=0.95.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as the last line of stdout.")
-def demo(
-    path: str | None,
-    seconds: float | None,
-    data: Path | None,
-    out: Path,
-    bootstrap_servers: str | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Run the whole loop on this machine: decide, log, join, replay, learn, publish."""
+def run_demo(config: Config, data: Path | None) -> Report:
+    """Run the loop and write its report.
+
+    Args:
+        config: Deployment; `run.dir` is cleared of an older run.
+        data: Folder of a real log, or None for simulated input.
+
+    Raises:
+        EsrlError: a part that cannot come back ended, or something cannot be started.
+    """
     began = time.monotonic()
-    changes = [*overrides, f"run.dir={out.resolve()}"]
-    if seconds is not None:
-        changes.append(f"demo.seconds={seconds}")
-    if bootstrap_servers is not None:
-        changes.append(f"kafka.bootstrap_servers={bootstrap_servers}")
-    config = load_config(path or ("configs/demo.yaml" if data is None else "configs/kuairand.yaml"), changes, environment=os.environ)
     if config.serve.port:
         check_free(config.serve.host, config.serve.port)  # again when it is bound, but a port in use should not cost a minute
     if data is not None:
@@ -122,8 +104,7 @@ def demo(
     if (frozen := report.frozen) is not None:
         say(f"frozen evaluation: control {frozen.control:.2f}, final {frozen.final:.2f}, difference {interval_text(frozen.difference)}")
     say(f"report: {html_file} and {json_file}")
-    if as_json:
-        click.echo(report.json_line())
+    return report
 
 
 def run_loop(config: Config, run: LocalRun, data: Path | None, *, began: float) -> Readings:
