@@ -21,9 +21,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS
 _logger = logging.getLogger(__name__)
 
 
-def spawn(
-    name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, env: Mapping[str, str] = {}
-) -> ActorHandle:  # noqa: B006 - never changed
+def spawn(name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, num_gpus: float = 0) -> ActorHandle:
     """Get the actor of this name, or make it.
 
     Args:
@@ -32,7 +30,7 @@ def spawn(
         args: Constructor arguments, used again at every restart.
         detached: Outlive the command that spawned it.
         max_concurrency: Threads (or coroutines) of the actor; Ray's default when None.
-        env: More environment variables of its process.
+        num_gpus: GPUs that the actor sees; Ray hides them from one that reserves none.
 
     Returns:
         A handle; the constructor may still be running.
@@ -45,7 +43,8 @@ def spawn(
         "max_task_retries": 0,
         "get_if_exists": True,
         "lifetime": "detached" if detached else None,
-        "runtime_env": {"env_vars": {**THREADS, **env}},
+        "runtime_env": {"env_vars": THREADS},
+        "num_gpus": num_gpus,
     }
     if max_concurrency is not None:
         options["max_concurrency"] = max_concurrency

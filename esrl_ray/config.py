@@ -175,7 +175,7 @@ class JoinConfig(Section):
     max_ahead_s: Annotated[float, Field(gt=0)] = Field(300.0, description="A timestamp further ahead of the clock is a dead letter.")
     require_shown: bool = Field(
         True,
-        description="`shown` feedback sets the mask; a decision never shown is counted and dropped. Off: every position >= 0 counts as shown.",
+        description="`shown` feedback sets the mask; a decision never shown is counted and dropped. Off: positions >= 0 are shown.",
     )
     max_open_sessions: Positive = Field(50_000, description="Per partition; above it the oldest session is truncated.")
 
@@ -336,18 +336,21 @@ class Config(Section):
         rows = learner.batch_size * learner.updates_per_call * max(1, learner.num_learners)
         if (budget := replay.capacity * replay.num_shards * replay.samples_per_insert) < rows:
             raise ValueError(
-                f"one learner call draws {learner.batch_size} x {learner.updates_per_call} x {max(1, learner.num_learners)} = {rows} transitions, but "
-                f"replay.samples_per_insert {replay.samples_per_insert} over capacity {replay.capacity} allows {budget:.0f}: learning would never start"
+                f"one learner call draws {learner.batch_size} x {learner.updates_per_call} x {max(1, learner.num_learners)} = {rows} "
+                f"transitions, but replay.samples_per_insert {replay.samples_per_insert} over capacity {replay.capacity} allows "
+                f"{budget:.0f}: learning would never start"
             )
         if replay.sample_truncated and learner.gamma > 0:
             raise ValueError(f"replay.sample_truncated needs learner.gamma 0, it is {learner.gamma}: a truncated step has no next list")
         if self.ingest.num_workers > self.kafka.num_partitions:
             raise ValueError(
-                f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: some would have nothing to read"
+                f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: "
+                "some would have nothing to read"
             )
         if replay.num_shards > self.ingest.num_workers:
             raise ValueError(
-                f"replay.num_shards {replay.num_shards} > ingest.num_workers {self.ingest.num_workers}: a shard without a worker stays empty"
+                f"replay.num_shards {replay.num_shards} > ingest.num_workers {self.ingest.num_workers}: "
+                "a shard without a worker stays empty"
             )
         if learner.group_weights is not None and len(learner.group_weights) != self.reward.num_groups:
             raise ValueError(f"learner.group_weights has {len(learner.group_weights)} values for {self.reward.num_groups} reward groups")
@@ -355,7 +358,8 @@ class Config(Section):
             raise ValueError(f"serve.list_size {self.serve.list_size} > serve.max_candidates {self.serve.max_candidates}")
         if self.exploration.warmup_steps > self.exploration.round_steps:
             raise ValueError(
-                f"exploration.warmup_steps {self.exploration.warmup_steps} > round_steps {self.exploration.round_steps}: round 0 would end before it has a normaliser"
+                f"exploration.warmup_steps {self.exploration.warmup_steps} > round_steps {self.exploration.round_steps}: "
+                "round 0 would end before it has a normaliser"
             )
         return self
 

@@ -23,10 +23,9 @@ def rewards_of(behaviours: Floats, config: RewardConfig) -> Floats:
     for g, group in enumerate(config.groups):
         for term in group.terms:
             v = behaviours[..., column[term.behaviour]]
+            counted = v if term.cap is None else np.minimum(v, term.cap)
             if term.above is not None:
                 counted = (v > term.above).astype(np.float32)
-            else:
-                counted = v if term.cap is None else np.minimum(v, term.cap)
             rewards[..., g] += np.float32(term.weight) * counted
     rewards /= np.float32(config.scale)
     return rewards

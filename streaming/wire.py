@@ -137,7 +137,13 @@ def decode_feedback(payload: bytes | None, content_type: bytes = JSON) -> Feedba
     """
     event = _decode(payload, content_type, Feedback)
     assert isinstance(event, Feedback)
-    _ids(event_id=event.event_id, decision_id=event.decision_id, session_id=event.session_id, item_id=event.item_id, behaviour=event.behaviour)
+    _ids(
+        event_id=event.event_id,
+        decision_id=event.decision_id,
+        session_id=event.session_id,
+        item_id=event.item_id,
+        behaviour=event.behaviour,
+    )
     if not math.isfinite(event.value):
         raise WireError(f"value {event.value} is not finite")
     if event.item_id is None and event.behaviour not in (SHOWN, LEAVE):
@@ -159,7 +165,9 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
         raise WireError(f"spec_digest {event.spec_digest} differs from this deployment's {spec.digest}")
     g, k, a = len(event.item_ids), spec.num_scores, spec.num_actions
     if not 0 < g <= MAX_PAIRS or len(event.positions) != g or len(set(event.item_ids)) != g:
-        raise WireError(f"{g} item_ids ({len(set(event.item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each")
+        raise WireError(
+            f"{g} item_ids ({len(set(event.item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each"
+        )
     decoded = DecodedDecision(
         event=event,
         states=_array(event.states, (g, spec.num_features), np.float32, "states"),
@@ -172,5 +180,7 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
     for c, feature in enumerate(spec.categorical_features):
         codes = decoded.categorical[:, c]
         if codes.min() < 0 or codes.max() >= feature.cardinality:
-            raise WireError(f"categorical {feature.name} holds {int(codes.min())}..{int(codes.max())}, expected 0..{feature.cardinality - 1}")
+            raise WireError(
+                f"categorical {feature.name} holds {int(codes.min())}..{int(codes.max())}, expected 0..{feature.cardinality - 1}"
+            )
     return decoded

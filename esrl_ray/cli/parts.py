@@ -174,5 +174,7 @@ def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, Act
 
 
 def spawn_learner(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> ActorHandle:
-    """The learner's actor."""
-    return actors.spawn("learner", LearnerPart, config, store, shards, max_concurrency=4)
+    """The learner's actor; it takes a GPU when there is one to be had and it computes itself."""
+    wants_gpu = config.learner.num_learners == 0 and config.learner.device != "cpu"
+    num_gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if wants_gpu else 0
+    return actors.spawn("learner", LearnerPart, config, store, shards, max_concurrency=4, num_gpus=num_gpus)

@@ -178,7 +178,7 @@ class Policy:
         temporary.mkdir(parents=True, exist_ok=True)
         pretty = json.dumps(json.loads(msgspec.json.encode(self.manifest)), indent=1).encode()
         for name, content in ((TENSORS_FILE, self.tensors), (MANIFEST_FILE, pretty)):
-            with open(temporary / name, "wb") as file:
+            with (temporary / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
