@@ -8,11 +8,14 @@ parts of a loop wait more than they work, and a reservation would only keep them
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+
+from esrl_ray.errors import LoopError
 
 NAMESPACE = "esrl"
 POLICY_STORE = "policy_store"
@@ -77,3 +80,19 @@ def ask(call: Callable[..., Any], *args: Any, timeout_s: float = 5.0, otherwise:
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
         _logger.warning("actor does not answer: %s", str(error).splitlines()[0])
         return otherwise
+
+
+def insist(call: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> Any:
+    """Call an actor method that may be run twice, again and again while the actor is being restarted.
+
+    Raises:
+        LoopError: no answer within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(call(*args), timeout=max(1.0, deadline - time.monotonic()))
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if time.monotonic() >= deadline:
+                raise LoopError(f"no answer within {timeout_s:.0f} s: {str(error).splitlines()[0]}", "an actor") from error
+            time.sleep(0.5)

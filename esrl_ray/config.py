@@ -207,8 +207,8 @@ class ReplayConfig(Section):
     samples_per_insert: Annotated[float, Field(gt=0)] = Field(
         12.8, description="Sampled transitions per new step, at most; bounds sampling, never insertion."
     )
-    sample_truncated: bool = Field(
-        False, description="Also sample truncated steps, which have no next list to bootstrap from; needs learner.gamma 0."
+    sample_without_next: bool = Field(
+        False, description="Sample every step, also truncated and open ones, which have no next list; needs learner.gamma 0."
     )
 
     @model_validator(mode="after")
@@ -340,8 +340,8 @@ class Config(Section):
                 f"transitions, but replay.samples_per_insert {replay.samples_per_insert} over capacity {replay.capacity} allows "
                 f"{budget:.0f}: learning would never start"
             )
-        if replay.sample_truncated and learner.gamma > 0:
-            raise ValueError(f"replay.sample_truncated needs learner.gamma 0, it is {learner.gamma}: a truncated step has no next list")
+        if replay.sample_without_next and learner.gamma > 0:
+            raise ValueError(f"replay.sample_without_next needs learner.gamma 0, it is {learner.gamma}: nothing to bootstrap from")
         if self.ingest.num_workers > self.kafka.num_partitions:
             raise ValueError(
                 f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: "

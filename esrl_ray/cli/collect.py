@@ -183,7 +183,8 @@ def steps_in_loop(config: Config, readings: Readings, served: Mapping[int, float
     """Every step's way through the loop, from the log and the readings."""
     root = str(parts.log_root(config))
     tables = [
-        drawable_steps(worker, read_commits(root, worker), sample_truncated=config.replay.sample_truncated) for worker in list_workers(root)
+        drawable_steps(worker, read_commits(root, worker), sample_without_next=config.replay.sample_without_next)
+        for worker in list_workers(root)
     ]
     trained = [m for m in readings.manifests if m.gradient_steps > 0]
     first_trained_ms = min((m.learnt_ms for m in trained), default=readings.stop_ms)

@@ -9,7 +9,7 @@ import ray
 
 from esrl_ray import actors
 from esrl_ray.actors import NAMESPACE
-from esrl_ray.cli import parts
+from esrl_ray.cli import learning, parts
 from esrl_ray.cli.train import stop_on_signals
 from esrl_ray.config import load_config
 from esrl_ray.errors import ConfigError, LoopError
@@ -34,7 +34,7 @@ def ingest(path: str, overrides: tuple[str, ...], address: str) -> None:
     ensure_topics(config.kafka)
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     stop = stop_on_signals()
-    workers = parts.spawn_ingest(config, parts.replay_shards(config))
+    workers = parts.spawn_ingest(config, learning.replay_shards(config))
     try:
         while not stop.wait(10.0):
             for name, worker in workers.items():

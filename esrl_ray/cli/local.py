@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -70,7 +69,9 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
         for name in OWN_ENTRIES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        run = LocalRun(uuid.uuid4().hex[:8], folder, Path(tempfile.mkdtemp(prefix="esrl-")))
+        mark = uuid.uuid4().hex[:8]
+        run = LocalRun(mark, folder, watchdog.temporary_folder(mark))
+        run.temporary.mkdir(mode=0o700)
         lock.write(f"{run.id} {os.getpid()}\n")  # for people, and for tests that look for the run's processes
         lock.flush()
         before = os.environ.get(watchdog.MARK)

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from esrl_ray import actors
-from esrl_ray.cli import parts
+from esrl_ray.cli import learning, parts
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.cli.collect import Glance, Readings, glance_at, make_report
 from esrl_ray.cli.live import open_view
@@ -24,6 +24,7 @@ from esrl_ray.config import Config
 from esrl_ray.errors import BrokerError, LoopError
 from esrl_ray.evaluation.report import Report, interval_text, promises, write_report
 from serve.app import check_free, deploy_local, serve_environment, stop_local
+from serve.deployment import policy_store
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 
 POLL_S = 1.0
@@ -130,14 +131,14 @@ def run_loop(config: Config, run: LocalRun, data: Path | None, *, began: float) 
         start_ray(run, serve_environment(run.temporary / "ha"))
         say(f"Ray is up ({time.monotonic() - began:.0f} s)")
         watch = RayWatch(run)
-        store = parts.policy_store(config)
+        store = policy_store(config)
+        traffic = actors.spawn("traffic", TrafficPart, config, data, max_concurrency=16)
         url = deploy_local(config)  # first: everything else may come up while the first decisions are served
         say(f"serving at {url} ({time.monotonic() - began:.0f} s)")
-        traffic = actors.spawn("traffic", TrafficPart, config, url, data, max_concurrency=16)
-        running = traffic.run.remote()
-        shards = parts.replay_shards(config)
+        running = traffic.run.remote(url)
+        shards = learning.replay_shards(config)
         workers = parts.spawn_ingest(config, shards)
-        learner = parts.spawn_learner(config, store, shards)
+        learner = learning.spawn_learner(config, store, shards)
         loop = Loop(config, run, broker, watch, store, shards, workers, learner, traffic, Readings(config=config, started_ms=clock_ms()))
         drive(loop, running)
         return loop.readings
@@ -180,19 +181,18 @@ def drive(loop: Loop, running: ray.ObjectRef) -> None:
             time.sleep(POLL_S)
     readings.stop_ms = clock_ms()
     say("closing: stopping the traffic")
-    actors.ask(loop.traffic.stop.remote, timeout_s=30.0)
+    actors.insist(loop.traffic.stop.remote)
     ray.get(running, timeout=60.0)
-    readings.add({"traffic": actors.ask(loop.traffic.status.remote, True, timeout_s=30.0)})
+    readings.add({"traffic": actors.insist(loop.traffic.status.remote, True)})
     readings.replicas = stop_local(config)
     say("closing: reading to the end offsets")
-    offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in end_offsets(config.kafka).items()}
-    readings.end_offsets = offsets
-    drains = {name: worker.drain.remote(offsets, DRAIN_S) for name, worker in loop.workers.items()}
-    readings.add({name: ray.get(ref, timeout=DRAIN_S + 60.0) for name, ref in drains.items()})
-    actors.ask(loop.learner.halt.remote, timeout_s=30.0)
+    readings.end_offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in end_offsets(config.kafka).items()}
+    for name, worker in loop.workers.items():
+        readings.add({name: actors.insist(worker.drain.remote, readings.end_offsets, DRAIN_S)})
+    actors.insist(loop.learner.halt.remote)
     for i, shard in enumerate(loop.shards):
-        actors.ask(shard.catch_up.remote, timeout_s=30.0)
-        readings.add({f"replay-{i}": actors.ask(shard.status.remote, timeout_s=30.0)})
-    readings.add({"learner": actors.ask(loop.learner.status.remote, otherwise=readings.last.get("learner", {}))})
-    readings.manifests = actors.ask(loop.store.manifests.remote, otherwise=[])
-    readings.published_ms = actors.ask(loop.store.published_ms.remote, otherwise={})
+        actors.insist(shard.catch_up.remote)
+        readings.add({f"replay-{i}": actors.insist(shard.status.remote)})
+    readings.add({"learner": actors.insist(loop.learner.status.remote)})
+    readings.manifests = actors.insist(loop.store.manifests.remote)
+    readings.published_ms = actors.insist(loop.store.published_ms.remote)

@@ -1,14 +1,16 @@
-"""The parts of a loop as they run inside Ray actors: thin shells that build the plain classes and keep their threads."""
+"""Parts of a loop as they run inside Ray actors: thin shells that build the plain classes and keep their threads.
+
+Here is what needs no torch; an actor imports only the module of its class, and torch costs 300 MB in every process.
+"""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,12 @@ from esrl_ray import actors
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
 from esrl_ray.errors import EsrlError
-from esrl_ray.learning.loop import TrainingLoop
-from esrl_ray.learning.replay_shard import ReplayShard
-from serve.deployment import policy_store
+from esrl_ray.telemetry import Telemetry
+from esrl_ray.vocabulary import Bucket
 from streaming.deadletter import DeadLetters
 from streaming.source import Source
-from streaming.steplog import StepLog, read_commits
+from streaming.steplog import StepLog
 from streaming.worker import IngestWorker
-
-__all__ = ["policy_store"]
 
 _logger = logging.getLogger(__name__)
 
@@ -41,28 +40,6 @@ def log_root(config: Config) -> Path:
 def worker_names(config: Config) -> list[str]:
     """Names of the ingest workers; worker i owns the partitions p with p % num_workers == i."""
     return [f"ingest-{i}" for i in range(config.ingest.num_workers)]
-
-
-def _commits_after(root: str, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
-    return read_commits(root, worker, after=after)
-
-
-def replay_shards(config: Config) -> list[ActorHandle]:
-    """The detached replay shards, made by whoever comes first; shard i is fed by the workers j with j % num_shards == i."""
-    root, count = str(log_root(config)), config.replay.num_shards
-    return [
-        actors.spawn(
-            f"replay-{i}",
-            ReplayShard,
-            config,
-            config.learner.seed + i,
-            functools.partial(_commits_after, root),
-            clock_ms,
-            worker_names(config)[i::count],
-            detached=True,
-        )
-        for i in range(count)
-    ]
 
 
 class Publisher:
@@ -138,6 +115,12 @@ class IngestPart(Part):
             clock_ms=clock_ms,
         )
         super().__init__(self._worker.run)
+        self._meter = IngestMeter(worker)
+        threading.Thread(target=self._measure, daemon=True).start()
+
+    def _measure(self) -> None:
+        while not self._stop.wait(IngestMeter.EVERY_S):
+            self._meter.read(self._worker.status(), now_ms=clock_ms())
 
     def status(self) -> dict[str, Any]:
         """The worker's status, with the error that ended it."""
@@ -151,30 +134,43 @@ class IngestPart(Part):
         return self.status()
 
 
-class LearnerPart(Part):
-    """The training loop in its actor."""
+class IngestMeter:
+    """Turns an ingest worker's status into metrics; the worker itself knows nothing of Ray.
 
-    def __init__(self, config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> None:
-        self._loop = training_loop(config, store, shards)
-        super().__init__(self._loop.run)
+    Args:
+        worker: Its name, a tag of the metrics.
+    """
 
-    def status(self) -> dict[str, Any]:
-        """The loop's status, with the error that ended it."""
-        return {**self._loop.status(), "error": self._error, "pid": os.getpid()}
+    EVERY_S = 2.0
 
+    def __init__(self, worker: str) -> None:
+        self._worker, self._telemetry = worker, Telemetry()
+        self._counted: dict[tuple[str, ...], int] = {}
 
-def training_loop(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> TrainingLoop:
-    """The training loop over the given actors, resuming from the run's newest checkpoint."""
-    return TrainingLoop(config, store=store, shards=shards, checkpoint_dir=config.run.path / "checkpoints", clock_ms=clock_ms)
+    def _count(self, name: str, total: int, **tags: str) -> None:
+        """Add what is new since the last time; totals survive restarts, this process counts from where it found them."""
+        key = (name, *tags.values())
+        self._telemetry.count(name, total - self._counted.get(key, total), **tags)
+        self._counted[key] = total
+
+    def read(self, status: Mapping[str, Any], *, now_ms: int) -> None:
+        """Take one status."""
+        for topic, buckets in status["ledger"].items():
+            for bucket, total in buckets.items():
+                if bucket != Bucket.IN_OPEN_SESSION:  # they are not settled yet
+                    self._count("esrl_event_settled_total", total, topic=topic, bucket=bucket)
+        self._count("esrl_step_closed_total", status["steps_closed"], worker=self._worker)
+        self._count("esrl_log_commits_total", status["commit"], worker=self._worker)
+        if status["commit_s"] is not None:
+            self._telemetry.gauge("esrl_log_commit_seconds", status["commit_s"], worker=self._worker)
+        for where, lag in status["lag"].items():
+            topic, partition = where.rsplit("/", 1)
+            self._telemetry.gauge("esrl_kafka_lag_events", lag, topic=topic, partition=partition)
+        for partition, watermark_ms in status["watermarks_ms"].items():
+            self._telemetry.gauge("esrl_watermark_behind_seconds", (now_ms - watermark_ms) / 1e3, partition=str(partition))
+        self._telemetry.gauge("esrl_session_open_count", status["open_sessions"], worker=self._worker)
 
 
 def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:
     """The ingest workers' actors by name."""
     return {name: actors.spawn(name, IngestPart, config, name, shards, max_concurrency=4) for name in worker_names(config)}
-
-
-def spawn_learner(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> ActorHandle:
-    """The learner's actor; it takes a GPU when there is one to be had and it computes itself."""
-    wants_gpu = config.learner.num_learners == 0 and config.learner.device != "cpu"
-    num_gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if wants_gpu else 0
-    return actors.spawn("learner", LearnerPart, config, store, shards, max_concurrency=4, num_gpus=num_gpus)

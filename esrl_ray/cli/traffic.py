@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
 from esrl_ray.simulation.traffic import SimulatedTraffic
 from serve.client import FuseClient
+from serve.schemas import FuseReply
 from streaming.producer import EventProducer
 from streaming.wire import SCHEMA_VERSION, Feedback
 
@@ -22,28 +24,32 @@ class TrafficPart:
 
     Args:
         config: Deployment.
-        url: Of the endpoint.
         data: Folder of a real log, or None for simulated users.
     """
 
-    def __init__(self, config: Config, url: str, data: Path | None) -> None:
+    def __init__(self, config: Config, data: Path | None) -> None:
         logging.getLogger("kafka").propagate = False
         self._producer = EventProducer(config.kafka, client_id="traffic", spool=None)
-        token = config.serve.bearer_token
-        self._client = FuseClient(url, token=None if token is None else token.get_secret_value())
+        self._token = config.serve.bearer_token
+        self._client: FuseClient | None = None
         if data is None:
-            self._traffic: Any = SimulatedTraffic(config, fuse=self._client.fuse, send=self._send, clock_ms=clock_ms)
+            self._traffic: Any = SimulatedTraffic(config, fuse=self._fuse, send=self._send, clock_ms=clock_ms)
         else:
             from esrl_ray.simulation.kuairand import KuaiRandTraffic
 
-            self._traffic = KuaiRandTraffic(config, data, fuse=self._client.fuse, send=self._send, clock_ms=clock_ms)
+            self._traffic = KuaiRandTraffic(config, data, fuse=self._fuse, send=self._send, clock_ms=clock_ms)
 
     def _send(self, **feedback: Any) -> None:
         self._producer.send(Feedback(schema_version=SCHEMA_VERSION, **feedback))
 
-    async def run(self) -> None:
-        """Play until `stop` or the end of the input; every piece of feedback is acknowledged when this returns."""
-        async with self._client:
+    async def _fuse(self, body: bytes) -> tuple[FuseReply, Mapping[str, str]]:
+        assert self._client is not None
+        return await self._client.fuse(body)
+
+    async def run(self, url: str) -> None:
+        """Play against an endpoint until `stop` or the end of the input; all feedback is acknowledged when this returns."""
+        token = None if self._token is None else self._token.get_secret_value()
+        async with FuseClient(url, token=token) as self._client:
             await self._traffic.run()
         self._producer.close(timeout_s=FLUSH_S)
 

@@ -10,8 +10,9 @@ import click
 import ray
 
 from esrl_ray.actors import NAMESPACE
-from esrl_ray.cli import parts
+from esrl_ray.cli import learning
 from esrl_ray.config import load_config
+from serve.deployment import policy_store
 
 
 def stop_on_signals() -> threading.Event:
@@ -35,7 +36,7 @@ def train(path: str, overrides: tuple[str, ...], address: str, gradient_steps: i
     config = load_config(path, overrides, environment=os.environ)
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     stop = stop_on_signals()
-    loop = parts.training_loop(config, parts.policy_store(config), parts.replay_shards(config))
+    loop = learning.training_loop(config, policy_store(config), learning.replay_shards(config))
 
     def report() -> None:
         while not stop.wait(10.0):

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,23 +21,39 @@ import psutil
 MARK, MODULE = "ESRL_RUN", "esrl_ray.cli.watchdog"
 
 
-def carriers(mark: str) -> list[psutil.Process]:
-    """Processes that carry the mark, without this one and the watchdogs."""
+def temporary_folder(mark: str) -> Path:
+    """Where a run keeps what must not outlive it."""
+    return Path(tempfile.gettempdir()) / f"esrl-{mark}"
+
+
+def carriers(mark: str, *, but: int = 0) -> list[psutil.Process]:
+    """Processes of a run, without this one, the process `but`, and the watchdogs.
+
+    They carry the mark in their environment, or have a file of the run's temporary folder open: Ray's agents overwrite their
+    environment with their title, but write their logs there.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark and MODULE not in " ".join(process.cmdline()):
+            if process.pid not in (os.getpid(), but) and _belongs(process, mark) and MODULE not in " ".join(process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended while we looked, or belongs to somebody else
     return found
 
 
-def end_all(mark: str, *, grace_s: float = 5.0) -> int:
-    """End every carrier of the mark; returns how many there were."""
+def _belongs(process: psutil.Process, mark: str) -> bool:
+    if process.environ().get(MARK) == mark:
+        return True
+    folder = str(temporary_folder(mark))
+    return any(file.path.startswith(folder) for file in process.open_files())
+
+
+def end_all(mark: str, *, but: int = 0, grace_s: float = 5.0) -> int:
+    """End every carrier of the mark except `but`; returns how many there were."""
     num = 0
     deadline = time.monotonic() + grace_s
-    while left := carriers(mark):
+    while left := carriers(mark, but=but):
         num = max(num, len(left))
         for process in left:
             try:
@@ -57,7 +74,9 @@ def start(mark: str, leftovers: list[Path]) -> subprocess.Popen[bytes]:
         mark: Value of `ESRL_RUN` that the descendants carry.
         leftovers: Files and folders that it removes afterwards.
     """
-    return subprocess.Popen([sys.executable, "-m", MODULE, mark, *map(str, leftovers)], stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULE, mark, str(os.getpid()), *map(str, leftovers)], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 def stop(watchdog: subprocess.Popen[bytes]) -> None:
@@ -67,8 +86,8 @@ def stop(watchdog: subprocess.Popen[bytes]) -> None:
 
 def _main() -> None:
     sys.stdin.buffer.read()
-    end_all(sys.argv[1])
-    for path in map(Path, sys.argv[2:]):
+    end_all(sys.argv[1], but=int(sys.argv[2]))  # the command itself may have logs of Ray open, and ends by itself
+    for path in map(Path, sys.argv[3:]):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

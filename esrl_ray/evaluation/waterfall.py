@@ -62,13 +62,13 @@ class StepTimes:
         return tuple(stages)
 
 
-def drawable_steps(worker: str, commits: Iterable[tuple[int, pa.Table]], *, sample_truncated: bool = False) -> pa.Table:
+def drawable_steps(worker: str, commits: Iterable[tuple[int, pa.Table]], *, sample_without_next: bool = False) -> pa.Table:
     """For each step of one worker, the commit of its first row and the one that made it drawable.
 
     Args:
         worker: Whose step log it is.
         commits: (commit, rows) in order, as `read_commits` gives them.
-        sample_truncated: Truncated steps are drawn too (`replay.sample_truncated`).
+        sample_without_next: Every step can be drawn as soon as it is inserted (`replay.sample_without_next`).
 
     Returns:
         Columns worker, step_id, event_time_ms, closed_ms (of the first row), commit, drawable_commit (`NEVER` = not yet) and
@@ -91,12 +91,12 @@ def drawable_steps(worker: str, commits: Iterable[tuple[int, pa.Table]], *, samp
     never = np.iinfo(np.int64).max
     own = commit[first]
     linked = np.full(len(ids), never)
-    known = ended != Ended.OPEN if sample_truncated else (ended != Ended.OPEN) & (ended != Ended.TRUNCATED)
+    known = (ended != Ended.OPEN) & (ended != Ended.TRUNCATED)
     np.minimum.at(linked, code[known], commit[known])
     following = pc.fill_null(pc.index_in(rows["next_id"].take(pa.array(last)), ids), -1).to_numpy()
     has_next = ended[last] == Ended.HAS_NEXT
     next_own = np.where(has_next, np.where(following >= 0, own[following], never), own)
-    drawable = np.maximum(np.maximum(own, linked), next_own)
+    drawable = own if sample_without_next else np.maximum(np.maximum(own, linked), next_own)
     return pa.table(
         {
             "worker": pa.array([worker] * len(ids)),

@@ -276,6 +276,7 @@ class TrainingLoop:
         for i, shard in enumerate(self._shards):
             if (stats := actors.ask(shard.stats.remote)) is not None:
                 self._inserted[i] = stats["num_inserted"]
+                self._telemetry.gauge("esrl_replay_size_steps", stats["size"], shard=str(i))
 
     def _recent(self, num_steps: int) -> TransitionBatch | None:
         share = -(-num_steps // len(self._shards))

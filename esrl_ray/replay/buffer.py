@@ -38,7 +38,7 @@ class ReplayBuffer:
     """Storage + sampler + limiter.
 
     A step can be sampled when what follows it is known: the user left, or its next list is here too. A truncated step has
-    nothing to bootstrap from and is sampled only with `replay.sample_truncated`.
+    nothing to bootstrap from; with `replay.sample_without_next`, which needs gamma 0, every step is sampled from the start.
 
     Args:
         config: Spec, sizes, limits.
@@ -49,7 +49,7 @@ class ReplayBuffer:
     def __init__(self, config: Config, *, seed: int, read_log: ReadLog) -> None:
         replay, learner = config.replay, config.learner
         self._spec, self._capacity, self._read_log = config.spec.build(), replay.capacity, read_log
-        self._sample_truncated = replay.sample_truncated
+        self._sample_without_next = replay.sample_without_next
         self._storage = Storage(self._spec, num_groups=config.reward.num_groups, capacity=replay.capacity, max_pairs=config.max_pairs)
         self._sampler = Sampler(replay.capacity, seed=seed)
         self._limiter = Limiter(
@@ -198,7 +198,8 @@ class ReplayBuffer:
             self._sampler.remove(slot)
             self._unlink(slot)
             if (before := self._previous[slot]) != _NO_SLOT:  # it has lost its next list for good
-                self._sampler.remove(int(before))
+                if not self._sample_without_next:
+                    self._sampler.remove(int(before))
                 self._next[before] = self._previous[slot] = _NO_SLOT
         self._ids[slot] = step_id
         self._slots[step_id] = slot
@@ -229,7 +230,7 @@ class ReplayBuffer:
                 self._link(slot, following)
                 return
             self._waiting[next_id], self._next_ids[slot] = slot, next_id
-        if ended is Ended.TERMINATED or (ended is Ended.TRUNCATED and self._sample_truncated):
+        if ended is Ended.TERMINATED or self._sample_without_next:
             self._sampler.add(slot)
         else:
             self._sampler.remove(slot)

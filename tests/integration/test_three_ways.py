@@ -59,7 +59,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     mark = uuid.uuid4().hex[:8]
-    temporary = Path(f"/tmp/esrl-test-{mark}")
+    temporary = watchdog.temporary_folder(mark)
     gcs, dashboard, client, agent, metrics, agent_grpc = free_ports(6)
     environment = {
         **os.environ,

@@ -94,7 +94,7 @@ IMPOSSIBLE = {
         {"replay": {"capacity": 10, "min_size": 10, "samples_per_insert": 1.0}},
         ["128 x 8 x 1 = 1024", "capacity 10", "allows 10"],
     ),
-    "truncated steps with a bootstrap": ({"replay": {"sample_truncated": True}}, ["gamma 0", "0.9"]),
+    "truncated steps with a bootstrap": ({"replay": {"sample_without_next": True}}, ["gamma 0", "0.9"]),
     "more workers than partitions": ({"ingest": {"num_workers": 5}}, ["num_workers 5", "num_partitions 4"]),
     "more shards than workers": ({"replay": {"num_shards": 2}}, ["num_shards 2", "num_workers 1"]),
     "a weight for each reward group": ({"learner": {"group_weights": [1.0, 2.0]}}, ["2 values", "1 reward groups"]),

@@ -97,8 +97,8 @@ def test_a_terminated_step_is_sampled_without_a_next_list(config: Config) -> Non
 def test_open_and_truncated_steps_are_not_sampled(config: Config) -> None:
     rows = [step(config, "a"), step(config, "b", ended=Ended.TRUNCATED)]
     assert buffer_of(config, rows).samplable_ids() == set()
-    without_future = load_config("configs/demo.yaml", [*SET, "learner.gamma=0", "replay.sample_truncated=true"])
-    assert buffer_of(without_future, rows).samplable_ids() == {"b"}
+    without_future = load_config("configs/demo.yaml", [*SET, "learner.gamma=0", "replay.sample_without_next=true"])
+    assert buffer_of(without_future, rows).samplable_ids() == {"a", "b"}
 
 
 def test_padding_is_zero_with_scores_one(config: Config) -> None:

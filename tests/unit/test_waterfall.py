@@ -52,9 +52,9 @@ def steps(*rows: tuple[str, int, int, int, str], closed_ms: Sequence[int] | int 
     )
 
 
-def drawable(*commits: pa.Table, sample_truncated: bool = False) -> dict[str, tuple[int, int]]:
+def drawable(*commits: pa.Table, sample_without_next: bool = False) -> dict[str, tuple[int, int]]:
     """{step_id: (commit, drawable_commit)}."""
-    table = drawable_steps("ingest-0", list(enumerate(commits)), sample_truncated=sample_truncated)
+    table = drawable_steps("ingest-0", list(enumerate(commits)), sample_without_next=sample_without_next)
     return {r["step_id"]: (r["commit"], r["drawable_commit"]) for r in table.to_pylist()}
 
 
@@ -84,10 +84,10 @@ def test_a_step_whose_next_list_never_came_is_not_drawable() -> None:
     assert drawable(commit(("a", 0, 10, 100, "b", "has_next"))) == {"a": (0, NEVER)}
 
 
-def test_truncated_steps_are_drawable_only_when_configured() -> None:
+def test_steps_without_a_next_list_are_drawable_only_when_configured() -> None:
     rows = [commit(("a", 0, 10, 100, None, "open")), commit(("a", 1, 10, 200, None, "truncated"))]
     assert drawable(*rows) == {"a": (0, NEVER)}
-    assert drawable(*rows, sample_truncated=True) == {"a": (0, 1)}
+    assert drawable(*rows, sample_without_next=True) == {"a": (0, 0)}
 
 
 def test_times_are_those_of_the_first_row() -> None:

@@ -1,0 +1,66 @@
+"""The learning parts of a loop inside Ray actors: replay shards and the training loop."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
+
+from esrl_ray import actors
+from esrl_ray.cli.clock import clock_ms
+from esrl_ray.cli.parts import Part, log_root, worker_names
+from esrl_ray.config import Config
+from esrl_ray.learning.loop import TrainingLoop
+from esrl_ray.learning.replay_shard import ReplayShard
+from streaming.steplog import read_commits
+
+
+def _commits_after(root: str, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
+    return read_commits(root, worker, after=after)
+
+
+def replay_shards(config: Config) -> list[ActorHandle]:
+    """The detached replay shards, made by whoever comes first; shard i is fed by the workers j with j % num_shards == i."""
+    root, count = str(log_root(config)), config.replay.num_shards
+    return [
+        actors.spawn(
+            f"replay-{i}",
+            ReplayShard,
+            config,
+            config.learner.seed + i,
+            functools.partial(_commits_after, root),
+            clock_ms,
+            worker_names(config)[i::count],
+            detached=True,
+        )
+        for i in range(count)
+    ]
+
+
+class LearnerPart(Part):
+    """The training loop in its actor."""
+
+    def __init__(self, config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> None:
+        self._loop = training_loop(config, store, shards)
+        super().__init__(self._loop.run)
+
+    def status(self) -> dict[str, Any]:
+        """The loop's status, with the error that ended it."""
+        return {**self._loop.status(), "error": self._error, "pid": os.getpid()}
+
+
+def training_loop(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> TrainingLoop:
+    """The training loop over the given actors, resuming from the run's newest checkpoint."""
+    return TrainingLoop(config, store=store, shards=shards, checkpoint_dir=config.run.path / "checkpoints", clock_ms=clock_ms)
+
+
+def spawn_learner(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> ActorHandle:
+    """The learner's actor; it takes a GPU when there is one to be had and it computes itself."""
+    wants_gpu = config.learner.num_learners == 0 and config.learner.device != "cpu"
+    num_gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if wants_gpu else 0
+    return actors.spawn("learner", LearnerPart, config, store, shards, max_concurrency=4, num_gpus=num_gpus)
