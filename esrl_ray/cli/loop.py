@@ -144,12 +144,22 @@ def run_loop(config: Config, run: LocalRun, data: Path | None, *, began: float) 
         return loop.readings
 
 
+def check_running(running: ray.ObjectRef) -> None:
+    """Raise LoopError when the traffic ended with an error, or never began."""
+    if ray.wait([running], timeout=0)[0]:
+        try:
+            ray.get(running)
+        except ray.exceptions.RayError as error:
+            raise LoopError(f"the traffic ended: {str(error).strip().splitlines()[-1]}", "traffic") from error
+
+
 def drive(loop: Loop, running: ray.ObjectRef) -> None:
     """Run the traffic for its time, then close: stop traffic, flush, read to the end offsets, last commit."""
     config, readings = loop.config, loop.readings
     deadline = time.monotonic() + FIRST_DECISION_S
     while not (first_ms := actors.ask(loop.traffic.first_decision_ms.remote)):
         loop.check()
+        check_running(running)
         if time.monotonic() > deadline:
             raise LoopError(f"no decision was served within {FIRST_DECISION_S:.0f} s", "traffic", f"status: {loop.poll()}")
         time.sleep(0.1)
@@ -162,6 +172,7 @@ def drive(loop: Loop, running: ray.ObjectRef) -> None:
     with open_view() as view, ThreadPoolExecutor(1) as background:
         while (now := time.monotonic()) < end:
             loop.check()
+            check_running(running)
             statuses = loop.poll()
             if now >= next_memory:
                 readings.peak_rss_bytes = max(readings.peak_rss_bytes, pss_bytes(loop.run))
