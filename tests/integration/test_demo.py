@@ -18,6 +18,7 @@ import pytest
 
 from esrl_ray.cli import watchdog
 from esrl_ray.cli.local import LOCK
+from streaming.steplog import list_workers, read_commits, read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 ESRL = Path(sys.executable).parent / "esrl"
@@ -112,6 +113,41 @@ def leaves_nothing(mark: str, *, seconds: float = 25.0) -> None:
     while (left := watchdog.carriers(mark)) or watchdog.temporary_folder(mark).exists():
         assert time.monotonic() < deadline, [p.cmdline()[:3] for p in left]
         time.sleep(0.3)
+
+
+@pytest.mark.timeout(900)
+def test_every_part_is_killed_once_and_the_loop_goes_on(start: Callable[..., Demo]) -> None:
+    demo = start(75)
+    demo.wait_for(lambda: "version 3" in demo.said() or "version 4" in demo.said() or "version 5" in demo.said())
+    mark = demo.mark
+    for title in ("ray::IngestPart", "ray::ReplayShard", "ray::LearnerPart", "ray::PolicyStoreActor", "ray::ServeReplica"):
+        demo.kill(title)
+    report = report_of(demo)
+
+    assert report["requests"] > 500 and report["requests_failed"] == 0
+    ledger = report["ledger"]
+    buckets = ("joined", "duplicate", "late", "dead_letter", "never_shown", "unmatched", "in_open_session", "not_yet_read")
+    assert ledger["closes"] and sum(ledger[b] for b in buckets) == ledger["produced"]
+    assert ledger["dead_letter"] == ledger["not_yet_read"] == 0 and ledger["duplicate"] > 0
+    assert report["version_regressions"] == 0 and report["versions_served"] >= 4
+    steps = report["steps"]
+    assert steps["closed"] == steps["logged"] == steps["inserted"] > 200
+    assert report["learner"]["gradient_steps"] > 0
+
+    (root,) = (demo.out / "log").iterdir()
+    first_rows = [
+        i
+        for w in list_workers(root)
+        for _, rows in read_commits(root, w)
+        for i in rows.filter(rows["item_ids"].is_valid())["step_id"].to_pylist()
+    ]
+    assert len(first_rows) == len(set(first_rows)) == len(read_steps(root)) == steps["closed"], "each step is in the log once"
+    assert json.loads((demo.out / "report.json").read_text())["requests"] == report["requests"]
+    page = (demo.out / "report.html").read_text()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", ""), (
+        "the page loads nothing"
+    )
+    leaves_nothing(mark)
 
 
 def end_by_signal(demo: Demo, number: signal.Signals) -> None:
