@@ -13,6 +13,7 @@ steps, ledger = report["steps"], report["ledger"]
 exact = {
     "0 failed requests": report["requests_failed"] == 0,
     "requests were made": report["requests"] > 0,
+    "no producer gave up an event": report["events_failed"] == 0,
     "the ledger closes": ledger["closes"],
     "nothing is left unread": ledger["not_yet_read"] == 0,
     "every closed step is logged once": steps["closed"] == steps["logged"] == steps["inserted"],

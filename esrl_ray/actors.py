@@ -74,10 +74,14 @@ def ask(call: Callable[..., Any], *args: Any, timeout_s: float = 5.0, otherwise:
     """Call an actor method and wait; `otherwise` when the actor is being restarted or does not answer in time.
 
     An exception that the method itself raised is raised here.
+
+    Raises:
+        LoopError: the actor's constructor failed, so it will not come back.
     """
     try:
         return ray.get(call(*args), timeout=timeout_s)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        _check_began(error)
         _logger.warning("actor does not answer: %s", str(error).splitlines()[0])
         return otherwise
 
@@ -93,6 +97,13 @@ def insist(call: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> Any
         try:
             return ray.get(call(*args), timeout=max(1.0, deadline - time.monotonic()))
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            _check_began(error)
             if time.monotonic() >= deadline:
                 raise LoopError(f"no answer within {timeout_s:.0f} s: {str(error).splitlines()[0]}", "an actor") from error
             time.sleep(0.5)
+
+
+def _check_began(error: Exception) -> None:
+    """Ray restarts an actor whose process died, but not one whose constructor raised: say why, instead of waiting for it."""
+    if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+        raise LoopError(f"an actor cannot start: {str(error).strip().splitlines()[-1]}") from error

@@ -89,7 +89,7 @@ class BehaviourConfig(Section):
 
     name: str = Field(description="Name, as in feedback events.")
     combine: Literal["sum", "max", "last"] = Field("max", description="How repeats combine; `last` is by event time.")
-    cap: float = Field(1.0, gt=0, description="Values above are cut to this.")
+    cap: float = Field(1.0, gt=0, description="Values beyond +- this are cut to it.")
 
 
 class RewardTerm(Section):

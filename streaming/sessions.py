@@ -204,7 +204,7 @@ class SessionJoiner:
         for step, offset in zip(steps, offsets.tolist(), strict=False):
             for cell, value in step.values.items():
                 values[offset + cell // b, cell % b] = value
-        behaviours: Floats = np.minimum(values, self._caps).astype(np.float32)
+        behaviours: Floats = np.clip(values, -self._caps, self._caps).astype(np.float32)
         rewards = rewards_of(behaviours, self._reward)
         rows = []
         for step, start, end in zip(steps, offsets, offsets[1:], strict=False):

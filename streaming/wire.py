@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -26,6 +26,13 @@ MAX_ID_BYTES, MAX_EVENT_BYTES, MAX_PAIRS = 128, 4 * 2**20, 1_000
 Array = bytes | list[float | list[float]]
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""What the step log keeps in 32 bits."""
+Version = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+EpochMs = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Position = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+
+
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What serving computed for one request: l shown pairs, then K unshown candidates drawn at random (G in all)."""
 
@@ -34,14 +41,14 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     session_id: str
     user_id: str
-    event_time_ms: int
-    policy_version: int
-    round: int
+    event_time_ms: EpochMs
+    policy_version: Version
+    round: Count
     arm: str
     spec_digest: str
-    num_candidates: int
+    num_candidates: Count
     item_ids: list[str]  # G
-    positions: list[int]  # G, -1 = not shown
+    positions: list[Position]  # G, -1 = not shown
     states: Array  # (G, F) float32
     categorical: Array  # (G, C) int32
     scores: Array  # (G, k) float32, raw
@@ -58,7 +65,7 @@ class Feedback(msgspec.Struct, frozen=True, kw_only=True):
     decision_id: str
     session_id: str
     behaviour: str
-    event_time_ms: int
+    event_time_ms: EpochMs
     item_id: str | None = None
     value: float = 1.0
 
@@ -95,7 +102,8 @@ def encode(event: Event) -> bytes:
 
 def _array(value: Array, shape: tuple[int, ...], dtype: type[np.float32] | type[np.int32], name: str) -> np.ndarray:
     try:
-        array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")) if isinstance(value, bytes) else np.asarray(value, dtype)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")) if isinstance(value, bytes) else np.asarray(value, dtype)
     except (ValueError, OverflowError) as error:
         raise WireError(f"{name}: {error}, expected {dtype.__name__} of shape {shape}") from error
     if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):

@@ -253,7 +253,7 @@ def make_report(config: Config, readings: Readings, *, data: Path | None, say: C
     if times.num_undrawable:
         notes.append(f"{times.num_undrawable} truncated steps are not in the loop delay: training never draws them.")
     if times.num_before:
-        notes.append(f"{times.num_before} steps that closed before the first gradient step are not in the loop delay.")
+        notes.append(f"{times.num_before} steps that closed before the training of the first policy are not in the loop delay.")
     return Report(
         requests=traffic["requests"],
         requests_failed=traffic["requests_failed"],
@@ -261,6 +261,7 @@ def make_report(config: Config, readings: Readings, *, data: Path | None, say: C
         latency_ms=Percentiles.of(latencies),
         decisions=traffic["decisions"],
         feedback=traffic["feedback"],
+        events_failed=traffic["events_failed"] + sum(replica["failed"] for replica in readings.replicas),
         ledger=readings.ledger,
         steps=StepCounts(
             closed=sum(worker["steps_closed"] for worker in readings.of("ingest-")),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import click
 
 from esrl_ray.config import load_config
+from esrl_ray.errors import LoopError
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Makes Ray use 127.0.0.1 for all its sockets. Ray reads it when it is imported, so nothing above imports Ray."""
@@ -33,7 +35,7 @@ def demo(
     as_json: bool,
 ) -> None:
     """Run the whole loop on this machine: decide, log, join, replay, learn, publish."""
-    changes = [*overrides, f"run.dir={out.resolve()}"]
+    changes = [*overrides, f"run.dir={json.dumps(str(out.resolve()))}"]
     if seconds is not None:
         changes.append(f"demo.seconds={seconds}")
     if bootstrap_servers is not None:
@@ -41,7 +43,10 @@ def demo(
     config = load_config(path or ("configs/demo.yaml" if data is None else "configs/kuairand.yaml"), changes, environment=os.environ)
     os.environ.update(LOOPBACK)
     from esrl_ray.cli.loop import run_demo
+    from esrl_ray.evaluation.report import promises
 
     report = run_demo(config, data)
     if as_json:
         click.echo(report.json_line())
+    if broken := [promise.text for promise in promises(report) if not promise.kept and not promise.timed]:
+        raise LoopError(f"{len(broken)} promises are broken: {'; '.join(broken)}")

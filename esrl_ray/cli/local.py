@@ -23,7 +23,8 @@ from esrl_ray.cli import watchdog
 from esrl_ray.errors import ConfigError, LoopError
 
 OBJECT_STORE_BYTES = 256 * 2**20
-OWN_ENTRIES = ("log", "policies", "checkpoints", "spool", "serve", "broker", "report.json", "report.html", "topics.json")
+RAY_LOGS = "ray-logs"
+OWN_ENTRIES = ("log", "policies", "checkpoints", "spool", "serve", "broker", RAY_LOGS, "report.json", "report.html")
 """What a demo writes into its folder and clears at the next start; anything else in there is a reason to refuse."""
 LOCK = ".esrl-lock"
 
@@ -48,10 +49,8 @@ def catch_signals() -> None:
 
 
 @contextmanager
-def local_run(folder: Path) -> Iterator[LocalRun]:
-    """Own a folder and everything that is started inside the block.
-
-    Whatever way the block is left, also by kill -9, the processes started in it are ended and the temporary folder is removed.
+def own_folder(folder: Path) -> Iterator[int]:
+    """Own a run's folder, cleared of an older run; the file descriptor of the lock.
 
     Raises:
         ConfigError: the folder is used by another run or holds files that are not a run's.
@@ -62,32 +61,58 @@ def local_run(folder: Path) -> Iterator[LocalRun]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError("another run is using this folder", str(folder), "choose another --out, or end that run") from error
-        if foreign := sorted(p.name for p in folder.iterdir() if p.name not in (*OWN_ENTRIES, LOCK)):
-            (folder / LOCK).unlink()
-            raise ConfigError(f"the folder holds files that are not a run's: {foreign[:5]}", str(folder), "choose another --out")
-        lock.truncate(0)
-        for name in OWN_ENTRIES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        mark = uuid.uuid4().hex[:8]
-        run = LocalRun(mark, folder, watchdog.temporary_folder(mark))
-        run.temporary.mkdir(mode=0o700)
-        lock.write(f"{run.id} {os.getpid()}\n")  # for people, and for tests that look for the run's processes
-        lock.flush()
-        before = os.environ.get(watchdog.MARK)
-        os.environ[watchdog.MARK] = run.id
-        guard = watchdog.start(run.id, [run.temporary, folder / LOCK])
-        catch_signals()
         try:
-            yield run
+            if foreign := sorted(p.name for p in folder.iterdir() if p.name not in (*OWN_ENTRIES, LOCK)):
+                raise ConfigError(f"the folder holds files that are not a run's: {foreign[:5]}", str(folder), "choose another --out")
+            for name in OWN_ENTRIES:
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            yield lock.fileno()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-            disconnect()
-            watchdog.stop(guard)
-            os.environ.pop(watchdog.MARK) if before is None else os.environ.update({watchdog.MARK: before})
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+@contextmanager
+def local_run(folder: Path, lock: int) -> Iterator[LocalRun]:
+    """Own everything that is started inside the block.
+
+    Whatever way the block is left, also by kill -9, the processes started in it are ended and the temporary folder is removed; the
+    lock is held until then.
+
+    Args:
+        folder: Of the run, owned.
+        lock: From `own_folder`.
+    """
+    mark = uuid.uuid4().hex[:8]
+    run = LocalRun(mark, folder, watchdog.temporary_folder(mark))
+    run.temporary.mkdir(mode=0o700)
+    os.truncate(lock, 0)
+    os.write(lock, f"{run.id} {os.getpid()}\n".encode())  # for people, and for tests that look for the run's processes
+    before = os.environ.get(watchdog.MARK)
+    os.environ[watchdog.MARK] = run.id
+    guard = watchdog.start(run.id, [run.temporary, folder / LOCK], keep_open=lock)
+    catch_signals()
+    try:
+        yield run
+    except LoopError:
+        _keep_logs(run)
+        raise
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        disconnect()
+        watchdog.stop(guard)
+        os.environ.pop(watchdog.MARK) if before is None else os.environ.update({watchdog.MARK: before})
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _keep_logs(run: LocalRun) -> None:
+    """Copy Ray's logs out of the temporary folder."""
+    logs = run.temporary / "ray" / "session_latest" / "logs"
+    if logs.is_dir():
+        shutil.copytree(logs, run.folder / RAY_LOGS, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+        say(f"Ray's logs are kept in {run.folder / RAY_LOGS}")
 
 
 def disconnect(timeout_s: float = 10.0) -> None:
@@ -129,9 +154,7 @@ class RayWatch:
         """Raise LoopError when one of them is gone."""
         for process in self._processes:
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                raise LoopError(
-                    f"Ray's process {process.pid} ended", "this machine", "look at its logs with --keep-ray-logs, then start again"
-                )
+                raise LoopError(f"Ray's process {process.pid} ended", "this machine", f"its logs are kept in the run's folder {RAY_LOGS}")
 
 
 def pss_bytes(run: LocalRun) -> int:

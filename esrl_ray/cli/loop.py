@@ -18,7 +18,7 @@ from esrl_ray.cli import learning, parts
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.cli.collect import Glance, Readings, glance_at, make_report
 from esrl_ray.cli.live import open_view
-from esrl_ray.cli.local import LocalRun, RayWatch, local_run, pss_bytes, say, start_ray
+from esrl_ray.cli.local import LocalRun, RayWatch, local_run, own_folder, pss_bytes, say, start_ray
 from esrl_ray.cli.traffic import TrafficPart
 from esrl_ray.config import Config
 from esrl_ray.errors import BrokerError, LoopError
@@ -96,10 +96,14 @@ def run_demo(config: Config, data: Path | None) -> Report:
         from esrl_ray.simulation.kuairand import prepare
 
         prepare(config, data, say=say)
-    with local_run(config.run.path) as run:
-        readings = run_loop(config, run, data, began=began)
-    report = make_report(config, readings, data=data, say=say)
-    json_file, html_file = write_report(report, config.run.path)
+    with own_folder(config.run.path) as lock:
+        try:
+            with local_run(config.run.path, lock) as run:
+                readings = run_loop(config, run, data, began=began)
+        except ray.exceptions.RayError as error:
+            raise LoopError(f"Ray ended: {str(error).strip().splitlines()[0]}", "this machine") from error
+        report = make_report(config, readings, data=data, say=say)
+        json_file, html_file = write_report(report, config.run.path)
     for promise in promises(report):
         say(f"{'kept  ' if promise.kept else 'BROKEN' if not promise.timed else 'slow  '}  {promise.text}: {promise.value}")
     if (frozen := report.frozen) is not None:
@@ -117,7 +121,7 @@ def run_loop(config: Config, run: LocalRun, data: Path | None, *, began: float) 
     with ExitStack() as stack:
         broker = None
         if config.kafka.bootstrap_servers is None:
-            broker = stack.enter_context(EmbeddedBroker.start(run.temporary / "broker", say=say))
+            broker = stack.enter_context(EmbeddedBroker.start(run.folder / "broker", say=say))
             changes: dict[str, Any] = {"bootstrap_servers": broker.bootstrap_servers}
         else:  # topics of this run only: an older run's events would not be ours to count
             changes = {
@@ -154,7 +158,7 @@ def check_running(running: ray.ObjectRef) -> None:
 
 
 def drive(loop: Loop, running: ray.ObjectRef) -> None:
-    """Run the traffic for its time, then close: stop traffic, flush, read to the end offsets, last commit."""
+    """Let the traffic run for its time, or to the end of its input, and watch."""
     config, readings = loop.config, loop.readings
     deadline = time.monotonic() + FIRST_DECISION_S
     while not (first_ms := actors.ask(loop.traffic.first_decision_ms.remote)):
@@ -178,7 +182,9 @@ def drive(loop: Loop, running: ray.ObjectRef) -> None:
                 readings.peak_rss_bytes = max(readings.peak_rss_bytes, pss_bytes(loop.run))
                 next_memory = now + MEMORY_EVERY_S
             if now >= next_glance and (glancing is None or glancing.done()):
-                if glancing is not None:
+                if glancing is not None and (problem := glancing.exception()) is not None:
+                    say(f"the live view keeps older numbers: {problem}")
+                elif glancing is not None:
                     glance = glancing.result()
                 manifests, published = (actors.ask(call.remote, otherwise={}) for call in (loop.store.manifests, loop.store.published_ms))
                 glancing = background.submit(
@@ -191,6 +197,12 @@ def drive(loop: Loop, running: ray.ObjectRef) -> None:
                 break
             time.sleep(POLL_S)
     readings.stop_ms = clock_ms()
+    close(loop, running)
+
+
+def close(loop: Loop, running: ray.ObjectRef) -> None:
+    """Stop the traffic, flush, read to the end offsets, commit, and take the last readings."""
+    config, readings = loop.config, loop.readings
     say("closing: stopping the traffic")
     actors.insist(loop.traffic.stop.remote)
     ray.get(running, timeout=60.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Mapping
@@ -47,11 +48,11 @@ class TrafficPart:
         return await self._client.fuse(body)
 
     async def run(self, url: str) -> None:
-        """Play against an endpoint until `stop` or the end of the input; all feedback is acknowledged when this returns."""
+        """Play against an endpoint until `stop` or the end of the input; what Kafka did not acknowledge is counted in `events_failed`."""
         token = None if self._token is None else self._token.get_secret_value()
         async with FuseClient(url, token=token) as self._client:
             await self._traffic.run()
-        self._producer.close(timeout_s=FLUSH_S)
+        await asyncio.to_thread(self._producer.close, timeout_s=FLUSH_S)
 
     async def stop(self) -> None:
         """Ask `run` to end."""
@@ -64,4 +65,5 @@ class TrafficPart:
 
     async def status(self, whole: bool = False) -> dict[str, Any]:
         """Numbers so far; `whole` adds every latency."""
-        return {**self._traffic.status(whole=whole), "acked": dict(self._producer.acked), "pid": os.getpid()}
+        producer = {"acked": dict(self._producer.acked), "events_failed": self._producer.failed}
+        return {**self._traffic.status(whole=whole), **producer, "pid": os.getpid()}

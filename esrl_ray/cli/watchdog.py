@@ -29,7 +29,7 @@ def temporary_folder(mark: str) -> Path:
 def carriers(mark: str, *, but: int = 0) -> list[psutil.Process]:
     """Processes of a run, without this one, the process `but`, and the watchdogs.
 
-    They carry the mark in their environment, or have a file of the run's temporary folder open: Ray's agents overwrite their
+    They carry the mark in their environment, or write to a file of the run's temporary folder: Ray's agents overwrite their
     environment with their title, but write their logs there.
     """
     found = []
@@ -45,8 +45,8 @@ def carriers(mark: str, *, but: int = 0) -> list[psutil.Process]:
 def _belongs(process: psutil.Process, mark: str) -> bool:
     if process.environ().get(MARK) == mark:
         return True
-    folder = str(temporary_folder(mark))
-    return any(file.path.startswith(folder) for file in process.open_files())
+    folder = f"{temporary_folder(mark)}{os.sep}"
+    return any(file.path.startswith(folder) and file.mode != "r" for file in process.open_files())  # a reader of logs is not ours
 
 
 def end_all(mark: str, *, but: int = 0, grace_s: float = 5.0) -> int:
@@ -67,16 +67,17 @@ def end_all(mark: str, *, but: int = 0, grace_s: float = 5.0) -> int:
     return num
 
 
-def start(mark: str, leftovers: list[Path]) -> subprocess.Popen[bytes]:
+def start(mark: str, leftovers: list[Path], *, keep_open: int = -1) -> subprocess.Popen[bytes]:
     """Start a watchdog; it acts when its standard input closes, so when this process dies, or at `stop`.
 
     Args:
         mark: Value of `ESRL_RUN` that the descendants carry.
         leftovers: Files and folders that it removes afterwards.
+        keep_open: File descriptor of the lock, so that it is held until everything has ended; -1 for none.
     """
-    return subprocess.Popen(
-        [sys.executable, "-m", MODULE, mark, str(os.getpid()), *map(str, leftovers)], stdin=subprocess.PIPE, start_new_session=True
-    )
+    fds = () if keep_open < 0 else (keep_open,)
+    command = [sys.executable, "-m", MODULE, mark, str(os.getpid()), *map(str, leftovers)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=fds)
 
 
 def stop(watchdog: subprocess.Popen[bytes]) -> None:
@@ -87,7 +88,10 @@ def stop(watchdog: subprocess.Popen[bytes]) -> None:
 def _main() -> None:
     sys.stdin.buffer.read()
     end_all(sys.argv[1], but=int(sys.argv[2]))  # the command itself may have logs of Ray open, and ends by itself
+    alive = psutil.pid_exists(int(sys.argv[2]))
     for path in map(Path, sys.argv[3:]):
+        if alive and not path.is_dir():
+            continue  # the lock: a command that lives removes it itself, after its report
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

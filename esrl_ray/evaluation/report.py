@@ -240,6 +240,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     latency_ms: Percentiles
     decisions: int
     feedback: int
+    events_failed: int  # given up by a producer of this run: neither acknowledged nor spooled
     ledger: Ledger
     steps: StepCounts
     replay_size: int
@@ -289,6 +290,7 @@ def promises(report: Report) -> tuple[Promise, ...]:
             "closes" if report.ledger.closes else "does not close",
             report.ledger.closes,
         ),
+        Promise("No producer gave up an event", f"{report.events_failed:,}", report.events_failed == 0),
         Promise("The log holds each closed step once", f"{steps.closed:,} closed, {steps.logged:,} logged", steps.closed == steps.logged),
         Promise("Versions never go down at a replica", f"{report.version_regressions:,} times", report.version_regressions == 0),
     ]

@@ -214,7 +214,9 @@ class ReplayBuffer:
     def _unlink(self, slot: int) -> None:
         """Forget what follows a step."""
         if (following := self._next[slot]) != _NO_SLOT:
-            self._previous[following] = self._next[slot] = _NO_SLOT
+            self._next[slot] = _NO_SLOT
+            if self._previous[following] == slot:  # else a late step came between, and it is that one's now
+                self._previous[following] = _NO_SLOT
         wanted = self._next_ids[slot]
         if wanted is not None and self._waiting.get(wanted) == slot:
             del self._waiting[wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -64,6 +65,11 @@ class Demo:
     def said(self) -> str:
         return self.errors.read_text()
 
+    def progress(self) -> tuple[int, int]:
+        """Gradient steps and served version of the newest line."""
+        lines = re.findall(r"learner ([\d,]+) .*?version (\d+) of", self.said())
+        return (int(lines[-1][0].replace(",", "")), int(lines[-1][1])) if lines else (0, 0)
+
     def wait_for(self, what: Callable[[], object], seconds: float = 150.0) -> None:
         deadline = time.monotonic() + seconds
         while not what():
@@ -117,11 +123,15 @@ def leaves_nothing(mark: str, *, seconds: float = 25.0) -> None:
 
 @pytest.mark.timeout(900)
 def test_every_part_is_killed_once_and_the_loop_goes_on(start: Callable[..., Demo]) -> None:
-    demo = start(110)
+    demo = start(130)
     demo.wait_for(lambda: "version 3" in demo.said() or "version 4" in demo.said() or "version 5" in demo.said())
     mark = demo.mark
     for title in ("ray::IngestPart", "ray::ReplayShard", "ray::LearnerPart", "ray::PolicyStoreActor", "ray::ServeReplica"):
         demo.kill(title)
+        if title == "ray::ServeReplica":
+            demo.wait_for(lambda: len(demo.find("ray::ServeReplica")) == 2, 60)
+    steps, version = demo.progress()
+    demo.wait_for(lambda: demo.progress()[0] > steps and demo.progress()[1] > version, 75)  # whole again: it learns, publishes, serves
     report = report_of(demo)
 
     assert report["requests"] > 500 and report["requests_failed"] == 0

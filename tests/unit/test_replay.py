@@ -198,6 +198,16 @@ def test_the_ring_drops_the_oldest_and_its_links(config: Config) -> None:
     assert "a" not in late.samplable_ids(), "its next list was dropped before it"
 
 
+def test_a_late_step_between_two_takes_over_the_link(config: Config) -> None:
+    first = [step(config, "a", next_id="c", ended=Ended.HAS_NEXT), step(config, "c")]
+    late = [step(config, "b", next_id="c", ended=Ended.HAS_NEXT), step(config, "a", revision=1, next_id="b", ended=Ended.HAS_NEXT)]
+    buffer = buffer_of(config, first, late)
+    assert buffer.chain("a", 9) == ["a", "b", "c"] and buffer.samplable_ids() == {"a", "b"}
+    fill = [step(config, f"x{i}") for i in range(7)]  # drops a and c, but not b, which came after them
+    buffer.apply("w", 2, rows_to_table(fill), inserted_ms=2)
+    assert buffer.samplable_ids() == set() and buffer.chain("b", 9) == ["b"], "its next list is gone: it points at nobody else's"
+
+
 def test_samples_per_insert_bounds_sampling_and_never_insertion() -> None:
     limiter = Limiter(samples_per_insert=2.0, min_size=3, capacity=10, batch=4)
     limiter.insert(2)

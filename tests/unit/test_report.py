@@ -39,7 +39,7 @@ from esrl_ray.evaluation.weights import THIRDS
 from esrl_ray.vocabulary import Bucket
 
 KEYS = [
-    *("requests", "requests_failed", "latency_ms", "decisions", "feedback", "ledger", "steps", "replay_size", "learner"),
+    *("requests", "requests_failed", "latency_ms", "decisions", "feedback", "events_failed", "ledger", "steps", "replay_size", "learner"),
     *("policies_published", "versions_served", "swap_ms", "label_delay_s", "loop_delay_s", "reward_per_session", "frozen"),
     *("peak_rss_bytes", "seconds_to_first_decision", "version_regressions", "seconds"),
 ]
@@ -114,6 +114,7 @@ def sample_report(details: Details | None = None) -> Report:
         latency_ms=Percentiles(8.9, 31.0),
         decisions=36_000,
         feedback=250_000,
+        events_failed=0,
         ledger=sample_ledger(),
         steps=StepCounts(35_120, 35_120, 35_120),
         replay_size=35_120,
@@ -196,18 +197,19 @@ def test_a_report_survives_its_file_and_numpy_numbers(tmp_path: Path) -> None:
 
 def test_broken_promises_are_named(tmp_path: Path) -> None:
     report = sample_report()
-    assert all(p.kept for p in promises(report)) and len(promises(report)) == 7
+    assert all(p.kept for p in promises(report)) and len(promises(report)) == 8
     broken = msgspec.structs.replace(
         report,
         requests_failed=2,
         versions_served=9,
         version_regressions=1,
         steps=StepCounts(10, 9, 9),
+        events_failed=1,
         ledger=Ledger.of({}, {"decisions": 1}),
         loop_delay_s=Delay(1.0, None, 3, 10),
         frozen=Frozen(17.0, 17.5, around(0.5, 0.6, 2000)),
     )
-    assert [p.kept for p in promises(broken)] == [False] * 7
+    assert [p.kept for p in promises(broken)] == [False] * 8
     assert [p.text for p in promises(broken) if p.timed] == ["Loop delay, 99th percentile at most 15 s"]
     assert "✗ broken" in render_page(broken) and "do not sum" in render_page(broken)
 
