@@ -25,10 +25,6 @@ def pair(spec: Spec) -> Policy:
     parameters = {name: value.numpy() for name, value in Actor(spec, (8,), 4).state_dict().items()}
     manifest = Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=(8,), embedding_size=4)
     return Policy.pair(manifest, parameters, Normaliser.identity(spec))
-        Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=(8,), embedding_size=4),
-        parameters,
-        Normaliser.identity(spec),
-    )
 
 
 @pytest.fixture(params=[static, pair])
