@@ -189,6 +189,7 @@ def upstream(log: KuaiRandLog, cache: Path, *, say: Say) -> Upstream:
 
 def _fitted(log: KuaiRandLog, *, say: Say) -> Upstream:
     """Fit one model per task and fold: a fold is a training block held out, or all training blocks for what comes later."""
+    import torch  # noqa: F401, I001 - first: it brings the libgomp.so.1 that LightGBM needs and a bare system may lack
     import lightgbm
 
     say(f"upstream models: features of {len(log.exposures.user)} exposures, history frozen at the start of each block")
