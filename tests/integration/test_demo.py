@@ -123,8 +123,8 @@ def leaves_nothing(mark: str, *, seconds: float = 25.0) -> None:
 
 @pytest.mark.timeout(900)
 def test_every_part_is_killed_once_and_the_loop_goes_on(start: Callable[..., Demo]) -> None:
-    demo = start(130)
-    demo.wait_for(lambda: "version 3" in demo.said() or "version 4" in demo.said() or "version 5" in demo.said())
+    demo = start(160)
+    demo.wait_for(lambda: demo.progress()[1] >= 2)  # a learnt policy serves
     mark = demo.mark
     for title in ("ray::IngestPart", "ray::ReplayShard", "ray::LearnerPart", "ray::PolicyStoreActor", "ray::ServeReplica"):
         demo.kill(title)
