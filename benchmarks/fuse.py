@@ -41,7 +41,7 @@ def learnt(config: Config, version: int) -> Policy:
     torch.manual_seed(version)
     actor = Actor(spec, (64, 64), 8)
     manifest = Manifest(version=version, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=(64, 64), embedding_size=8)
-    return Policy.pair(manifest, {k: v.numpy() for k, v in actor.state_dict().items()}, Normaliser.identity(spec))
+    return Policy.of(manifest, {k: v.numpy() for k, v in actor.state_dict().items()}, Normaliser.identity(spec))
 
 
 def body(config: Config, num_candidates: int, user_id: str) -> bytes:

@@ -225,7 +225,12 @@ class LearnerConfig(Section):
     critics_per_group: Positive = Field(2, description="Critics in each reward group [m].")
     hidden_sizes: tuple[Positive, ...] = Field((64, 64), min_length=1, description="Widths of actor and critics.")
     embedding_size: Positive = Field(8, description="Width of a categorical feature's embedding.")
-    td: Literal["list_sum", "per_pair"] = Field("list_sum", description="TD on the sum over the list (the paper) or per pair (ablation).")
+    critic: Literal["list_sum", "per_pair"] = Field(
+        "list_sum", description="TD on the sum over the list (the paper) or per pair (ablation)."
+    )
+    level: Literal["pair", "request"] = Field(
+        "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."
+    )
     actor_loss: Literal["listwise", "printed"] = Field(
         "listwise", description="`printed` is Eq. (4); `listwise` is our default (docs/paper.md)."
     )
@@ -247,6 +252,12 @@ class LearnerConfig(Section):
     device: str = Field("auto", description="`auto` takes a GPU when there is one; else cpu, cuda, cuda:1, ...")
     seed: int = Field(0, ge=0, description="Seed of parameters and sampling.")
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = Field(20.0, description="Clock time between checkpoints.")
+
+    @model_validator(mode="after")
+    def _levels(self) -> Self:
+        if self.level == "request" and self.actor_loss == "listwise":
+            raise ValueError("level request needs actor_loss printed: one action for a whole list has no pairs to weigh against each other")
+        return self
 
 
 class ExplorationConfig(Section):

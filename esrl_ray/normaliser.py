@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,6 +32,11 @@ class Normaliser:
         """Mean 0, standard deviation 1."""
         width = spec.num_features + spec.num_scores
         return cls(np.zeros(width, np.float32), np.ones(width, np.float32))
+
+    def take(self, columns: Sequence[int]) -> Self:
+        """The statistics of some of the inputs."""
+        chosen = list(columns)
+        return type(self)(self.mean[chosen], self.std[chosen])
 
     @classmethod
     def fit(cls, states: Floats, scores: Floats, valid: Bools) -> Self:

@@ -57,6 +57,17 @@ class Spec(msgspec.Struct, frozen=True):
         return 2 * len(self.scores)
 
     @property
+    def request_inputs(self) -> tuple[int, ...]:
+        """Columns of the F + k numeric inputs that all pairs of a request share: those of user and context."""
+        after_items = len(self.user_features) + len(self.item_features)
+        return (*range(len(self.user_features)), *range(after_items, self.num_features))
+
+    @property
+    def request_codes(self) -> tuple[int, ...]:
+        """Columns of the C categorical codes that all pairs of a request share."""
+        return tuple(i for i, f in enumerate(self.categorical_features) if f.side != "item")
+
+    @property
     def action_names(self) -> tuple[str, ...]:
         """Names of the A action dimensions."""
         return tuple(f"power_{s}" for s in self.scores) + tuple(f"bias_{s}" for s in self.scores)

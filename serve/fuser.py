@@ -102,8 +102,7 @@ def decide(parsed: Parsed, served: Served, config: Config, *, decision_id: str, 
     request = parsed.request
     item_ids = [candidate.item_id for candidate in request.candidates]
     arm = arm_of(request.user_id, config.exploration)
-    actions, anchor_actions = _actions(parsed, served, config, arm=arm, decision_id=decision_id, item_ids=item_ids)
-    fused = fused_scores(torch.from_numpy(parsed.scores), torch.from_numpy(actions), served.spec).numpy()  # (N,)
+    actions, fused, anchor_actions = _ranked(parsed, served, config, arm=arm, decision_id=decision_id, item_ids=item_ids)
     order = np.argsort(-fused, kind="stable")
     logged = np.concatenate(
         [order[: parsed.list_size], _unshown(order[parsed.list_size :], config, list_size=parsed.list_size, decision_id=decision_id)]
@@ -144,18 +143,20 @@ def decide(parsed: Parsed, served: Served, config: Config, *, decision_id: str, 
     return reply, decision
 
 
-def _actions(
+def _ranked(
     parsed: Parsed, served: Served, config: Config, *, arm: Arm, decision_id: str, item_ids: list[str]
-) -> tuple[Floats, Floats | None]:
-    """Actions of all N pairs (N, A), and the anchor's when they were needed for it."""
+) -> tuple[Floats, Floats, Floats | None]:
+    """Actions (N, A) and fused scores (N,) of all pairs, and the anchor's actions when they were needed for it."""
     pairs = parsed.states, parsed.categorical, parsed.scores
+    if arm is not Arm.CONTROL and (arm is Arm.EXPLOIT or served.pinned):
+        return *served.current.fuse(*pairs), None
     if arm is Arm.CONTROL:
-        return np.zeros((len(item_ids), served.spec.num_actions), np.float32), None
-    if arm is Arm.EXPLOIT or served.pinned:
-        return served.current.act(*pairs), None
-    anchor_actions = served.anchor.act(*pairs)
-    noise = exploration_noise(decision_id, item_ids, served.spec.num_actions, served.round, scope=config.exploration.scope)
-    return np.clip(anchor_actions + noise, -1.0, 1.0), anchor_actions
+        anchor_actions, actions = None, np.zeros((len(item_ids), served.spec.num_actions), np.float32)
+    else:
+        anchor_actions = served.anchor.act(*pairs)
+        noise = exploration_noise(decision_id, item_ids, served.spec.num_actions, served.round, scope=config.exploration.scope)
+        actions = np.clip(anchor_actions + noise, -1.0, 1.0)
+    return actions, fused_scores(torch.from_numpy(parsed.scores), torch.from_numpy(actions), served.spec).numpy(), anchor_actions
 
 
 def _unshown(rest: Indices, config: Config, *, list_size: int, decision_id: str) -> Indices:

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,20 +23,63 @@ START_SCALE = 0.01
 """The actor's last layer starts this small, so that learning starts at the control policy a = 0."""
 
 
-class Actor(nn.Module):
-    """mu(s): an MLP with a tanh end on one pair, shared over the candidates.
+Level = Literal["pair", "request"]
+"""What an actor sees: the enhanced state of a pair, or only what all pairs of a request share (user and context)."""
+
+
+class PairNetwork(nn.Module):
+    """An MLP on one pair's enhanced state, shared over the candidates.
 
     Args:
-        spec: Widths F, k, C and A.
+        spec: Widths F, k and C.
         hidden_sizes: Widths of the hidden layers.
         embedding_size: Width of each categorical feature's embedding.
+        num_outputs: Width of the result.
+        level: `request` reads the inputs of user and context only, so that all pairs of a request get the same result.
     """
 
-    def __init__(self, spec: Spec, hidden_sizes: Sequence[int], embedding_size: int) -> None:
+    def __init__(self, spec: Spec, hidden_sizes: Sequence[int], embedding_size: int, *, num_outputs: int, level: Level = "pair") -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(nn.Embedding(f.cardinality, embedding_size) for f in spec.categorical_features)
-        widths = [spec.num_features + spec.num_scores + embedding_size * spec.num_categorical, *hidden_sizes, spec.num_actions]
+        whole = level == "pair"
+        self._columns = None if whole else list(spec.request_inputs)
+        self._codes = list(range(spec.num_categorical)) if whole else list(spec.request_codes)
+        self.embeddings = nn.ModuleList(nn.Embedding(spec.categorical_features[c].cardinality, embedding_size) for c in self._codes)
+        num_inputs = spec.num_features + spec.num_scores if whole else len(spec.request_inputs)
+        widths = [num_inputs + embedding_size * len(self._codes), *hidden_sizes, num_outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        """Results of pairs.
+
+        Args:
+            numeric: (..., F + k) float32, normalised.
+            categorical: (..., C) int64 codes.
+
+        Returns:
+            (..., num_outputs).
+        """
+        x = numeric if self._columns is None else numeric[..., self._columns]
+        x = torch.cat([x, *(table(categorical[..., c]) for c, table in zip(self._codes, self.embeddings, strict=True))], dim=-1)
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        result: torch.Tensor = self.layers[-1](x)
+        return result
+
+    @torch.no_grad()
+    def fold(self, old: Normaliser, new: Normaliser) -> None:
+        """Change the first layer so that the function of the raw input stays the same under the new normaliser."""
+        if self._columns is not None:
+            old, new = old.take(self._columns), new.take(self._columns)
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        first.weight.T[:], first.bias[:] = _folded(first.weight.T, first.bias, old, new)
+
+
+class Actor(PairNetwork):
+    """mu(s): a `PairNetwork` with a tanh end; actions (..., A) in (-1, 1). Starts at the control policy a = 0."""
+
+    def __init__(self, spec: Spec, hidden_sizes: Sequence[int], embedding_size: int, *, level: Level = "pair") -> None:
+        super().__init__(spec, hidden_sizes, embedding_size, num_outputs=spec.num_actions, level=level)
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
@@ -43,26 +87,8 @@ class Actor(nn.Module):
             last.bias.zero_()
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
-        """Actions of pairs.
-
-        Args:
-            numeric: (..., F + k) float32, normalised.
-            categorical: (..., C) int64 codes.
-
-        Returns:
-            (..., A) in (-1, 1).
-        """
-        x = torch.cat([numeric, *(table(categorical[..., c]) for c, table in enumerate(self.embeddings))], dim=-1)
-        for layer in self.layers[:-1]:
-            x = torch.relu(layer(x))
-        return torch.tanh(self.layers[-1](x))  # (..., A)
-
-    @torch.no_grad()
-    def fold(self, old: Normaliser, new: Normaliser) -> None:
-        """Change the first layer so that the function of the raw input stays the same under the new normaliser."""
-        first = self.layers[0]
-        assert isinstance(first, nn.Linear)
-        first.weight.T[:], first.bias[:] = _folded(first.weight.T, first.bias, old, new)
+        """Actions of pairs (..., A); arguments as `PairNetwork.forward`."""
+        return torch.tanh(super().forward(numeric, categorical))
 
 
 class Critics(nn.Module):
@@ -126,16 +152,26 @@ class Networks(nn.Module):
         critics_per_group: m.
         hidden_sizes: Widths of actor and critics.
         embedding_size: Width of a categorical feature's embedding.
+        level: What the actor sees.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     value_scale: torch.Tensor
 
-    def __init__(self, spec: Spec, num_groups: int, critics_per_group: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        num_groups: int,
+        critics_per_group: int,
+        *,
+        hidden_sizes: Sequence[int],
+        embedding_size: int,
+        level: Level = "pair",
+    ) -> None:
         super().__init__()
-        self.spec = spec
-        self.actor = Actor(spec, hidden_sizes, embedding_size)
+        self.spec, self.level = spec, level
+        self.actor = Actor(spec, hidden_sizes, embedding_size, level=level)
         self.critics = Critics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
@@ -150,6 +186,15 @@ class Networks(nn.Module):
         raw = torch.cat([states, scores.clamp_min(MIN_SCORE).log()], dim=-1)
         normalised: torch.Tensor = (raw - self.mean) / self.std
         return normalised
+
+    def visible(self, numeric: torch.Tensor, categorical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (..., F + k) and codes (..., C) as all networks see them: at the level of requests 0 where they belong to an item."""
+        if self.level == "pair":
+            return numeric, categorical
+        kept, codes = torch.zeros_like(numeric), torch.zeros_like(categorical)
+        for whole, part, columns in ((numeric, kept, self.spec.request_inputs), (categorical, codes, self.spec.request_codes)):
+            part[..., list(columns)] = whole[..., list(columns)]
+        return kept, codes
 
     @property
     def normaliser(self) -> Normaliser:

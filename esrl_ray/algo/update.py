@@ -81,6 +81,7 @@ def make_networks(config: Config) -> Networks:
             learner.critics_per_group,
             hidden_sizes=learner.hidden_sizes,
             embedding_size=learner.embedding_size,
+            level=learner.level,
         )
 
 
@@ -134,10 +135,12 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
     networks = state.networks
     device = networks.mean.device
     c = {name: torch.as_tensor(column).to(device) for name, column in batch.items()}
-    numeric, categorical = networks.numeric(c["states"], c["scores"]), c["categorical"].long()
-    next_numeric, next_categorical = networks.numeric(c["next_states"], c["next_scores"]), c["next_categorical"].long()
-    shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
+    if state.learner.level == "request":
+        c = request_level(c)
+    numeric, categorical = networks.visible(networks.numeric(c["states"], c["scores"]), c["categorical"].long())
+    next_numeric, next_categorical = networks.visible(networks.numeric(c["next_states"], c["next_scores"]), c["next_categorical"].long())
     relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
+    shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
     next_list, next_codes = _pick(next_numeric, next_shown), _pick(next_categorical, next_shown)
     return Batch(
         numeric=numeric,
@@ -157,6 +160,36 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
         next_shown=c["next_shown"].gather(1, next_shown),
         bootstrap=c["has_next"] * (1 - c["terminated"]),
     )
+
+
+def request_level(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Lists as single pairs: UnifiedRL's view, one action and one reward per request.
+
+    Args:
+        columns: Of a `TransitionBatch`, (B, G, ...).
+
+    Returns:
+        The same names, (B, 1, ...): the state of a real pair of the request (networks then see user and context only), mean action of the
+        shown pairs (all alike when exploration draws per request), summed reward of the list.
+    """
+
+    def one_of(name: str, mask: torch.Tensor) -> torch.Tensor:
+        column = columns[name]
+        return column[torch.arange(len(column), device=column.device), mask.argmax(1)].unsqueeze(1)
+
+    shown, valid, next_shown = columns["shown"], columns["valid"], columns["next_shown"]
+    share = (shown / shown.sum(1, keepdim=True).clamp_min(1.0)).unsqueeze(-1)  # (B, G, 1)
+    return {
+        **{name: one_of(name, valid) for name in ("states", "categorical", "scores")},
+        **{name: one_of(name, next_shown) for name in ("next_states", "next_categorical", "next_scores")},
+        **{name: (columns[name] * share).sum(1, keepdim=True) for name in ("actions", "anchor_actions")},
+        "rewards": (columns["rewards"] * shown.unsqueeze(-1)).sum(1, keepdim=True),
+        "shown": shown.amax(1, keepdim=True),
+        "valid": valid.amax(1, keepdim=True),
+        "next_shown": next_shown.amax(1, keepdim=True),
+        "has_next": columns["has_next"],
+        "terminated": columns["terminated"],
+    }
 
 
 class UpdateResult(NamedTuple):
@@ -198,7 +231,7 @@ def _critic_step(state: LearnState, batch: Batch, average: Average | None) -> tu
         if learner.phi:
             next_values = next_values * next_phi
     values = _values(networks.critics, batch.list_numeric, batch.list_categorical, batch.list_relative)  # (q, m, B, L)
-    td = losses.list_sum_td if learner.td == "list_sum" else losses.per_pair_td
+    td = losses.list_sum_td if learner.critic == "list_sum" else losses.per_pair_td
     loss = td(
         values,
         batch.list_shown,

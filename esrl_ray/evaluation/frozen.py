@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from esrl_ray.config import Config
 from esrl_ray.evaluation.arms import clustered_mean
 from esrl_ray.evaluation.report import Interval
-from esrl_ray.fusion import fused_scores
 from esrl_ray.policy.policy import Policy
 from esrl_ray.reward import rewards_of
 from esrl_ray.simulation.draws import Doubles
@@ -47,15 +45,13 @@ def play(policy: Policy, config: Config, *, seed: int, sessions: int) -> tuple[D
         Reward, pages and watch seconds of each session, (sessions,) each.
     """
     world = World(config, seed=seed)
-    spec = config.spec.build()
     running = world.start(np.arange(sessions), np.arange(sessions) % world.num_users)
     reward, pages, watch = np.zeros(sessions), np.zeros(sessions), np.zeros(sessions)
     alive = np.arange(sessions)
     for _ in range(MAX_PAGES):
         part = running.take(alive)
         page = world.candidates(part)
-        actions = policy.act(page.states(), np.zeros((*page.items.shape, 0), np.int32), page.scores)
-        fused = fused_scores(torch.from_numpy(page.scores), torch.from_numpy(actions), spec).numpy()
+        _, fused = policy.fuse(page.states(), np.zeros((*page.items.shape, 0), np.int32), page.scores)
         top = np.argsort(-fused, axis=1, kind="stable")[:, : config.serve.list_size]
         behaviours, left = world.respond(part, np.take_along_axis(page.items, top, axis=1))
         running.put(alive, part)

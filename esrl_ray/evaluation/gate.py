@@ -61,9 +61,13 @@ def judge(policy: Policy, *, spec: Spec, anchor: Policy, turn: Round, probe: Tra
     if policy.manifest.kind is PolicyKind.STATIC:
         return Verdict(passed=True, text="first tier: static, finite, in range")
     states, categorical, scores = _pairs(spec, probe)
-    actions = policy.act(states, categorical, scores)
-    if not np.isfinite(actions).all():
-        return Verdict(passed=False, text=f"{int((~np.isfinite(actions)).sum())} of {actions.size} actions on the probe are not finite")
+    actions, fused = policy.fuse(states, categorical, scores)
+    for what, numbers in (("actions", actions), ("fused scores", fused)):
+        if not np.isfinite(numbers).all():
+            text = f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} {what} on the probe are not finite"
+            return Verdict(passed=False, text=text)
+    if policy.manifest.kind is PolicyKind.SCORE:
+        return Verdict(passed=True, text="first tier: finite, shapes fit; scores have no distance from the anchor")
     if probe is None or len(states) == 0:
         return Verdict(passed=True, text="first tier: finite, shapes fit; no probe, distance from the anchor not judged")
     far = distance(actions, anchor.act(states, categorical, scores), turn)
@@ -87,7 +91,7 @@ def _fault(policy: Policy) -> str | None:
     if policy.manifest.kind is PolicyKind.STATIC:
         return _static_fault(policy)
     try:
-        _ = policy.actor
+        _ = policy.network
     except PolicyRejected as error:
         return error.what
     return None

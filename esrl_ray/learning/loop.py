@@ -209,7 +209,7 @@ class TrainingLoop:
             created_ms=self._clock_ms(),
             learnt_ms=progress.learnt_ms,
         )
-        blob = Policy.pair(manifest, parameters, normaliser).to_bytes()
+        blob = Policy.of(manifest, parameters, normaliser).to_bytes()
         try:
             progress.version = ray.get(self._store.publish.remote(blob, self._recent(PROBE_LISTS)), timeout=STORE_TIMEOUT_S)
         except PolicyRejected as error:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.networks import Actor, PairNetwork
 from esrl_ray.errors import PolicyRejected
+from esrl_ray.fusion import fused_scores
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Floats, Ints
@@ -29,10 +30,13 @@ TENSORS_FILE, MANIFEST_FILE = "policy.safetensors", "manifest.json"
 
 
 class PolicyKind(StrEnum):
-    """How a policy makes its action: one vector for all, or a network on each pair's enhanced state."""
+    """How a policy ranks: one vector of fusion weights for all; a network that gives weights to each request (from user and context) or to
+    each pair; or a network that scores each pair by itself, past the fusion formula."""
 
     STATIC = "static"
+    REQUEST = "request"
     PAIR = "pair"
+    SCORE = "score"
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +66,8 @@ class Policy:
 
     Attributes:
         manifest: Version, kind, spec, lineage.
-        parameters: Actor parameters by name for `pair`; {"action": (A,)} for `static`.
-        normaliser: Of the actor's numeric input.
+        parameters: The network's parameters by name; {"action": (A,)} for `static`.
+        normaliser: Of the network's numeric input.
     """
 
     manifest: Manifest
@@ -79,8 +83,8 @@ class Policy:
         )
 
     @classmethod
-    def pair(cls, manifest: Manifest, parameters: Mapping[str, Floats], normaliser: Normaliser) -> Self:
-        """A policy with a network on each pair; `manifest.digest` is computed here."""
+    def of(cls, manifest: Manifest, parameters: Mapping[str, Floats], normaliser: Normaliser) -> Self:
+        """A policy with a network; `manifest.digest` is computed here."""
         return cls._sealed(manifest, parameters, normaliser)
 
     @classmethod
@@ -110,18 +114,23 @@ class Policy:
         return blob
 
     @cached_property
-    def actor(self) -> Actor:
-        """The network of a `pair` policy, in evaluation mode, on the CPU.
+    def network(self) -> PairNetwork:
+        """The network of a policy that has one, in evaluation mode, on the CPU.
 
         Raises:
             PolicyRejected: names or shapes of the parameters do not fit the manifest.
         """
-        actor = Actor(self.spec, self.manifest.hidden_sizes, self.manifest.embedding_size)
+        shape = self.spec, self.manifest.hidden_sizes, self.manifest.embedding_size
+        network: PairNetwork
+        if self.manifest.kind is PolicyKind.SCORE:
+            network = PairNetwork(*shape, num_outputs=1)
+        else:
+            network = Actor(*shape, level="request" if self.manifest.kind is PolicyKind.REQUEST else "pair")
         try:
-            actor.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self.parameters.items()})
+            network.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self.parameters.items()})
         except RuntimeError as error:
-            raise PolicyRejected(f"parameters do not fit the actor: {error}", f"policy {self.version}") from error
-        return actor.eval().requires_grad_(False)
+            raise PolicyRejected(f"parameters do not fit the network: {error}", f"policy {self.version}") from error
+        return network.eval().requires_grad_(False)
 
     def act(self, states: Floats, categorical: Ints, scores: Floats) -> Floats:
         """mu(s) of pairs.
@@ -132,14 +141,25 @@ class Policy:
             scores: (..., k) raw upstream scores.
 
         Returns:
-            (..., A) float32 in [-1, 1].
+            (..., A) float32 in [-1, 1]; 0 for a `score` policy, which has no action.
         """
-        if self.manifest.kind is PolicyKind.STATIC:
-            return np.broadcast_to(self.parameters["action"], (*scores.shape[:-1], self.spec.num_actions)).astype(np.float32)
+        if self.manifest.kind in (PolicyKind.STATIC, PolicyKind.SCORE):
+            action = self.parameters.get("action", np.zeros(self.spec.num_actions, np.float32))
+            return np.broadcast_to(action, (*scores.shape[:-1], self.spec.num_actions)).astype(np.float32)
+        return self._run(states, categorical, scores)
+
+    def fuse(self, states: Floats, categorical: Ints, scores: Floats) -> tuple[Floats, Floats]:
+        """Actions (..., A) and the fused scores (...) that rank; arguments as `act`."""
+        actions = self.act(states, categorical, scores)
+        if self.manifest.kind is PolicyKind.SCORE:
+            return actions, self._run(states, categorical, scores)[..., 0]
+        return actions, fused_scores(torch.from_numpy(scores), torch.from_numpy(actions), self.spec).numpy()
+
+    def _run(self, states: Floats, categorical: Ints, scores: Floats) -> Floats:
         numeric = (numeric_input(states, scores) - self.normaliser.mean) / self.normaliser.std
         with torch.inference_mode():
-            actions: Floats = self.actor(torch.from_numpy(numeric), torch.from_numpy(categorical.astype(np.int64))).numpy()
-        return actions
+            result: Floats = self.network(torch.from_numpy(numeric), torch.from_numpy(categorical.astype(np.int64))).numpy()
+        return result
 
     def to_bytes(self) -> bytes:
         """One blob: manifest and tensors, as the store and the replicas exchange it."""

@@ -24,7 +24,7 @@ def static(spec: Spec) -> Policy:
 def pair(spec: Spec) -> Policy:
     parameters = {name: value.numpy() for name, value in Actor(spec, (8,), 4).state_dict().items()}
     manifest = Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=(8,), embedding_size=4)
-    return Policy.pair(manifest, parameters, Normaliser.identity(spec))
+    return Policy.of(manifest, parameters, Normaliser.identity(spec))
 
 
 @pytest.fixture(params=[static, pair])

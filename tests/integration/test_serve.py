@@ -94,7 +94,7 @@ def learnt(config: Config, seed: int) -> bytes:
     actor = Actor(spec, (64, 64), 8)
     manifest = Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=(64, 64), embedding_size=8, gradient_steps=seed)
     parameters = {name: value.detach().numpy() for name, value in actor.state_dict().items()}
-    return Policy.pair(manifest, parameters, Normaliser.identity(spec)).to_bytes()
+    return Policy.of(manifest, parameters, Normaliser.identity(spec)).to_bytes()
 
 
 def request(config: Config, n: int, num_candidates: int = 50) -> dict[str, Any]:

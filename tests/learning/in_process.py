@@ -211,4 +211,4 @@ class InProcessLoop:
             round=self._round,
             gradient_steps=self._state.gradient_steps,
         )
-        return Policy.pair(manifest, {k: v.numpy().copy() for k, v in networks.actor.state_dict().items()}, networks.normaliser)
+        return Policy.of(manifest, {k: v.numpy().copy() for k, v in networks.actor.state_dict().items()}, networks.normaliser)

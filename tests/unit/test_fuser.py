@@ -44,7 +44,7 @@ def learnt(version: int) -> Policy:
         actor.layers[-1].weight.mul_(100)  # type: ignore[operator] # far from a = 0
     parameters = {name: value.detach().numpy() for name, value in actor.state_dict().items()}
     manifest = Manifest(version=version, digest="", kind=PolicyKind.PAIR, spec=SPEC, hidden_sizes=(16,), embedding_size=4)
-    return Policy.pair(manifest, parameters, Normaliser.identity(SPEC))
+    return Policy.of(manifest, parameters, Normaliser.identity(SPEC))
 
 
 CURRENT, ANCHOR, CONTROL = learnt(7), learnt(2), Policy.static(SPEC).numbered(9)

@@ -27,7 +27,7 @@ def constant(action: float) -> Policy:
     parameters = {name: np.zeros_like(value.numpy()) for name, value in actor.state_dict().items()}
     parameters["layers.1.bias"] = np.full(SPEC.num_actions, np.arctanh(action), np.float32)
     manifest = Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=SPEC, hidden_sizes=(8,), embedding_size=4, gradient_steps=5)
-    return Policy.pair(manifest, parameters, Normaliser.identity(SPEC))
+    return Policy.of(manifest, parameters, Normaliser.identity(SPEC))
 
 
 def probe(num_steps: int = 4, num_pairs: int = 3) -> TransitionBatch:
@@ -94,7 +94,7 @@ def test_a_parameter_that_is_not_finite_is_refused_by_name(name: str, value: flo
     policy = constant(0.0)
     parameters = {key: array.copy() for key, array in policy.parameters.items()}
     parameters[name].flat[1] = value
-    passed, text = verdict(Policy.pair(policy.manifest, parameters, policy.normaliser), probe())
+    passed, text = verdict(Policy.of(policy.manifest, parameters, policy.normaliser), probe())
     assert not passed and name in text and "1 values" in text
 
 
@@ -102,7 +102,7 @@ def test_a_parameter_that_is_not_finite_is_refused_by_name(name: str, value: flo
 def test_a_broken_normaliser_is_refused(std: float) -> None:
     policy = constant(0.0)
     broken = Normaliser(policy.normaliser.mean, np.full_like(policy.normaliser.std, std))
-    assert not verdict(Policy.pair(policy.manifest, policy.parameters, broken), probe())[0]
+    assert not verdict(Policy.of(policy.manifest, policy.parameters, broken), probe())[0]
 
 
 def wrong_shapes() -> list[dict[str, Floats]]:
@@ -117,7 +117,7 @@ def wrong_shapes() -> list[dict[str, Floats]]:
 @pytest.mark.parametrize("parameters", wrong_shapes())
 def test_parameters_of_wrong_names_or_shapes_are_refused(parameters: dict[str, Floats]) -> None:
     policy = constant(0.0)
-    passed, text = verdict(Policy.pair(policy.manifest, parameters, policy.normaliser), probe())
+    passed, text = verdict(Policy.of(policy.manifest, parameters, policy.normaliser), probe())
     assert not passed and "do not fit" in text
 
 
@@ -143,5 +143,5 @@ def test_a_network_that_overflows_is_refused() -> None:
     policy = constant(0.0)
     huge = {name: np.full_like(value, 1e38) for name, value in policy.parameters.items()}
     with torch.inference_mode():
-        passed, text = verdict(Policy.pair(policy.manifest, huge, policy.normaliser), probe())
+        passed, text = verdict(Policy.of(policy.manifest, huge, policy.normaliser), probe())
     assert not passed, text

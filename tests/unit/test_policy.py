@@ -29,7 +29,7 @@ def learnt(seed: int = 0) -> Policy:
     manifest = Manifest(
         version=3, digest="", kind=PolicyKind.PAIR, spec=SPEC, hidden_sizes=(8, 8), embedding_size=4, lineage={"ingest-0": 5, "ingest-1": 7}
     )
-    return Policy.pair(manifest, {name: value.detach().numpy() for name, value in actor.state_dict().items()}, normaliser)
+    return Policy.of(manifest, {name: value.detach().numpy() for name, value in actor.state_dict().items()}, normaliser)
 
 
 def pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

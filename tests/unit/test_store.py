@@ -46,7 +46,7 @@ def learnt(seed: int = 0, *, steps: int = 10) -> bytes:
         version=0, digest="", kind=PolicyKind.PAIR, spec=SPEC, hidden_sizes=(8,), embedding_size=4, gradient_steps=steps, created_ms=7
     )
     parameters = {name: value.detach().numpy() for name, value in actor.state_dict().items()}
-    return Policy.pair(manifest, parameters, Normaliser.identity(SPEC)).to_bytes()
+    return Policy.of(manifest, parameters, Normaliser.identity(SPEC)).to_bytes()
 
 
 def current(store: PolicyStore) -> Policy:
@@ -83,7 +83,7 @@ def test_a_refused_policy_changes_nothing(tmp_path: Path) -> None:
     before = sorted(p.name for p in tmp_path.iterdir()), store.snapshot()
     good = Policy.from_bytes(learnt())
     bad = {name: np.full_like(value, np.nan) for name, value in good.parameters.items()}
-    for blob in (learnt()[:-5], b"x", Policy.pair(good.manifest, bad, good.normaliser).to_bytes()):
+    for blob in (learnt()[:-5], b"x", Policy.of(good.manifest, bad, good.normaliser).to_bytes()):
         with pytest.raises(PolicyRejected):
             store.publish(blob, None)
     assert (sorted(p.name for p in tmp_path.iterdir()), store.snapshot()) == before

@@ -77,7 +77,7 @@ def test_targets_move_every_so_many_steps_by_tau(config: Config) -> None:
         assert torch.allclose(target, (old + new) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("learner", [{}, {"actor_loss": "printed"}, {"td": "per_pair"}, {"phi": True, "continuous_penalty": True}])
+@pytest.mark.parametrize("learner", [{}, {"actor_loss": "printed"}, {"critic": "per_pair"}, {"phi": True, "continuous_penalty": True}])
 def test_padding_changes_nothing(config: Config, learner: dict[str, Any]) -> None:
     transitions = make_transitions(config, 8)
     garbage = cast(TransitionBatch, {name: np.array(column) for name, column in transitions.items()})
