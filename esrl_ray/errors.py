@@ -10,6 +10,7 @@ EsrlError
 ├── LogError               the step log or its state file is damaged or does not fit
 ├── RequestError           a fuse request is malformed or does not fit the deployment (422)
 ├── PolicyRejected         the gate or the store refused an artefact; `current` did not move
+├── MethodError            a method cannot learn from these steps, or there is no such method
 ├── InputDataError         a column of a data file is missing or has the wrong type
 ├── LearnersLost           learners died or diverged: rebuild them from the newest checkpoint
 └── LoopError              a part of the running loop ended and cannot come back
@@ -70,6 +71,10 @@ class RequestError(EsrlError):
 
 class PolicyRejected(EsrlError):
     """A policy was refused; the one that serves stays."""
+
+
+class MethodError(EsrlError):
+    """A method cannot learn from these steps, or there is no such method."""
 
 
 class InputDataError(EsrlError):

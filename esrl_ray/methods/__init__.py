@@ -1,0 +1,1 @@
+"""Ways to learn a policy from steps: the method of this project and its peers, one file each."""

@@ -1,0 +1,41 @@
+"""All methods by name: what `esrl train --method`, the benchmarks and the conformance suite can ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esrl_ray.config import Config
+from esrl_ray.errors import MethodError
+from esrl_ray.methods.enhancedrl import EnhancedRL
+from esrl_ray.methods.method import Method
+from esrl_ray.methods.static import Static
+
+ENHANCEDRL: dict[str, dict[str, Any]] = {
+    "enhancedrl": {},
+    "enhancedrl-list-sum": {"critic": "list_sum"},
+    "enhancedrl-per-pair": {"critic": "per_pair"},
+    "enhancedrl-printed": {"critic": "list_sum", "actor_loss": "printed"},
+    "unifiedrl": {"critic": "list_sum", "level": "request", "actor_loss": "printed", "critics_per_group": 24},
+}
+"""Learner settings of the methods that are EnhancedRL's update with other losses."""
+
+NAMES = (*ENHANCEDRL, "static")
+
+
+def create_method(name: str, config: Config, *, seed: int) -> Method:
+    """A method for a deployment.
+
+    Args:
+        name: One of `NAMES`.
+        config: Deployment.
+        seed: Of everything random in the method.
+
+    Raises:
+        MethodError: there is no such method.
+    """
+    if name in ENHANCEDRL:
+        learner = config.learner.model_copy(update=ENHANCEDRL[name])
+        return EnhancedRL(name, config.model_copy(update={"learner": learner}), seed=seed)
+    if name == "static":
+        return Static(name, config)
+    raise MethodError(f"no method {name!r}", "method", f"take one of {', '.join(NAMES)}")
