@@ -66,10 +66,9 @@ def judge(policy: Policy, *, spec: Spec, anchor: Policy, turn: Round, probe: Tra
         if not np.isfinite(numbers).all():
             text = f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} {what} on the probe are not finite"
             return Verdict(passed=False, text=text)
-    if policy.manifest.kind is PolicyKind.SCORE:
-        return Verdict(passed=True, text="first tier: finite, shapes fit; scores have no distance from the anchor")
-    if probe is None or len(states) == 0:
-        return Verdict(passed=True, text="first tier: finite, shapes fit; no probe, distance from the anchor not judged")
+    if policy.manifest.kind is PolicyKind.SCORE or probe is None or len(states) == 0:
+        why = "it scores pairs by itself" if policy.manifest.kind is PolicyKind.SCORE else "no probe"
+        return Verdict(passed=True, text=f"first tier: finite, shapes fit; {why}, distance from the anchor not judged")
     far = distance(actions, anchor.act(states, categorical, scores), turn)
     text = (
         f"drift {far.drift:.3f} widths of the bounds (at most {config.max_drift:g}), {far.outside_share:.1%} of actions outside the bounds "

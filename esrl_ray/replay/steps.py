@@ -137,7 +137,7 @@ class Steps:
 
     def returns(self, gamma: float) -> npt.NDArray[np.float64]:
         """(n,) discounted sums of list rewards to the end of the session, as far as it is known: `G_t = r_t + gamma G_{t+1}`."""
-        returns = self.list_rewards.sum(1).astype(np.float64)
+        returns: npt.NDArray[np.float64] = self.list_rewards.sum(1).astype(np.float64)
         following = self.following
         for number in range(len(self) - 1, -1, -1):  # a step's next one stands behind it
             if following[number] >= 0:
