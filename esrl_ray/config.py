@@ -225,9 +225,10 @@ class LearnerConfig(Section):
     critics_per_group: Positive = Field(2, description="Critics in each reward group [m].")
     hidden_sizes: tuple[Positive, ...] = Field((64, 64), min_length=1, description="Widths of actor and critics.")
     embedding_size: Positive = Field(8, description="Width of a categorical feature's embedding.")
-    critic: Literal["list_sum", "per_pair"] = Field(
-        "list_sum", description="TD on the sum over the list (the paper) or per pair (ablation)."
+    critic: Literal["list_sum", "per_pair", "split"] = Field(
+        "list_sum", description="TD on the sum over the list (the paper), per pair (ablation), or reward and long-term value apart."
     )
+    horizon: Positive = Field(10, description="Next lists of the session in lambda-returns; critic split [H].")
     level: Literal["pair", "request"] = Field(
         "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."
     )
@@ -252,6 +253,11 @@ class LearnerConfig(Section):
     device: str = Field("auto", description="`auto` takes a GPU when there is one; else cpu, cuda, cuda:1, ...")
     seed: int = Field(0, ge=0, description="Seed of parameters and sampling.")
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = Field(20.0, description="Clock time between checkpoints.")
+
+    @property
+    def num_future(self) -> int:
+        """Next lists of the session that a sampled transition carries [H]."""
+        return self.horizon if self.critic == "split" else 0
 
     @model_validator(mode="after")
     def _levels(self) -> Self:

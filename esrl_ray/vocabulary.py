@@ -1,7 +1,8 @@
 """The nouns that code, YAML, Kafka, metrics and documents share. `Event`s live in `streaming.wire`, parts in their own files.
 
 Dimensions used in shape comments: B steps in a batch, G pairs of a step (l shown + K unshown, padded), N candidates of a request,
-F numeric features, C categorical features, k upstream scores, A = 2k action dimensions, q reward groups, m critics a group.
+F numeric features, C categorical features, k upstream scores, A = 2k action dimensions, q reward groups, m critics a group,
+H next lists of a session.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -117,6 +118,11 @@ class TransitionBatch(TypedDict):
     next_shown: Floats  # (B, G)
     has_next: Floats  # (B,) 1 = bootstrap from the next list; 0 = terminated or truncated without one
     terminated: Floats  # (B,) 1 = the user left
+    future_states: NotRequired[Floats]  # (B, H, F) of the first pair of each of the next H lists: only user and context mean anything
+    future_categorical: NotRequired[Ints]  # (B, H, C)
+    future_rewards: NotRequired[Floats]  # (B, H, q) sums over the shown pairs
+    future_known: NotRequired[Floats]  # (B, H) 1 = that list is here
+    future_terminated: NotRequired[Floats]  # (B, H) 1 = the user left after it
 
 
 def cut_lineage(lineage: Lineage) -> str:

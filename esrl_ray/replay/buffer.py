@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from esrl_ray.config import Config
 from esrl_ray.errors import LogError
+from esrl_ray.replay.chains import followers, future_columns
 from esrl_ray.replay.limiter import Limiter
 from esrl_ray.replay.sampler import Sampler
 from esrl_ray.replay.storage import Storage
@@ -49,6 +50,7 @@ class ReplayBuffer:
     def __init__(self, config: Config, *, seed: int, read_log: ReadLog) -> None:
         replay, learner = config.replay, config.learner
         self._spec, self._capacity, self._read_log = config.spec.build(), replay.capacity, read_log
+        self._horizon = learner.num_future
         self._sample_without_next = replay.sample_without_next
         self._storage = Storage(self._spec, num_groups=config.reward.num_groups, capacity=replay.capacity, max_pairs=config.max_pairs)
         self._sampler = Sampler(replay.capacity, seed=seed)
@@ -285,4 +287,7 @@ class ReplayBuffer:
         wanted = {name: (name, slots) for name in _NOW} | {f"next_{name}": (name, following) for name in _NEXT}
         columns = self._storage.take(wanted)
         columns["next_shown"] *= has_next[:, None]  # ... shown to nobody
-        return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots]})
+        future = {}
+        if self._horizon:
+            future = future_columns(self._storage.columns, self._terminated, followers(self._next, slots, self._horizon))
+        return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots], **future})

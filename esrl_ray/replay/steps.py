@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esrl_ray.config import Config
+from esrl_ray.replay.chains import followers, future_columns
 from esrl_ray.replay.storage import Storage
 from esrl_ray.vocabulary import Arm, Ended, Floats, TransitionBatch
 
@@ -36,7 +37,7 @@ class Steps:
     """
 
     def __init__(self, config: Config, capacity: int) -> None:
-        spec, self._q = config.spec.build(), config.reward.num_groups
+        spec, self._q, self._horizon = config.spec.build(), config.reward.num_groups, config.learner.num_future
         storage = Storage(spec, num_groups=self._q, capacity=capacity, max_pairs=config.max_pairs)
         behaviours = np.zeros((capacity, config.max_pairs, len(config.reward.behaviours)), np.float32)
         self._columns: dict[str, npt.NDArray[Any]] = {**storage.columns, "behaviours": behaviours}
@@ -114,7 +115,7 @@ class Steps:
         """These steps (b,) with their next lists; one whose next list is unknown counts as neither terminated nor followed."""
         c, following = self._columns, self._keys["following"][steps]
         has_next, after = (following >= 0).astype(np.float32), np.maximum(following, 0)
-        return TransitionBatch(
+        batch = TransitionBatch(
             states=c["states"][steps],
             categorical=c["categorical"][steps],
             scores=c["scores"][steps],
@@ -130,6 +131,10 @@ class Steps:
             has_next=has_next,
             terminated=(following == LEFT).astype(np.float32),
         )
+        if self._horizon:
+            chain = followers(self._keys["following"], steps, self._horizon)
+            batch.update(cast(TransitionBatch, future_columns(c, self._keys["following"] == LEFT, chain)))
+        return batch
 
     def samplable(self) -> Indices:
         """Numbers of the steps whose next list or end by the user is known."""

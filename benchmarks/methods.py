@@ -1,0 +1,151 @@
+"""All methods in simulated worlds: one row per finished (method, world, seed), then tables and plots. `make bench-methods`
+
+A row is written when it is finished, into `benchmarks/results/methods.jsonl`; a later call goes on with the rows that are missing. Every
+method serves the same traffic of a (world, seed): `NUM_STEPS` list requests in rounds, then plays frozen on unseen sessions with common
+random numbers. Worlds 0 and 3 were tuned on; results are reported on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from benchmarks.methods_report import write_report
+from benchmarks.methods_rows import CONTROL, METHODS, ORACLES, Point, Row
+from esrl_ray.config import Config, load_config
+from esrl_ray.evaluation.arms import clustered_mean
+from esrl_ray.evaluation.frozen import UNSEEN, play
+from esrl_ray.methods.catalogue import create_method
+from esrl_ray.policy.policy import Policy
+from esrl_ray.simulation.oracle import oracles
+from esrl_ray.simulation.rounds import learn_online
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NUM_STEPS, ROUND_STEPS = 60_000, 10_000
+CURVE_SESSIONS, SESSIONS = 1000, 2000
+
+
+def configure(name: str, world: int) -> Config:
+    """The demo's deployment in a world, all users exploring unless the method says otherwise."""
+    fixed = ["exploration.explore_share=1", "exploration.exploit_share=0", f"exploration.round_steps={ROUND_STEPS}"]
+    return load_config(ROOT / "configs" / "demo.yaml", [*fixed, f"simulation.world_seed={world}", *METHODS[name].overrides])
+
+
+def measure(name: str, world: int, seed: int, *, num_steps: int, commit: str) -> Row:
+    """Train one method and play it.
+
+    Args:
+        name: In `METHODS` or `ORACLES`.
+        world: Seed of users and items.
+        seed: Of traffic, noise and parameters.
+        num_steps: List requests.
+        commit: Of the code, noted in the row.
+    """
+    torch.set_num_threads(1)
+    config = configure(CONTROL if name in ORACLES else name, world)
+    users = (np.arange(SESSIONS) % config.simulation.num_users).astype(str)
+    started = time.perf_counter()
+    curve: list[Point] = []
+    gradient_steps = 0
+    if name in ORACLES:
+        ranked = oracles(config, seed=seed)[name]
+    else:
+        ranked = Policy.static(config.spec.build())
+        method = create_method(METHODS[name].method, config, seed=seed)
+        for steps, policy in learn_online(method, config, seed=seed, num_steps=num_steps):
+            rewards, _, _ = play(policy, config, seed=seed + UNSEEN, sessions=CURVE_SESSIONS)
+            curve.append(Point(steps, float(rewards.mean())))
+            ranked, gradient_steps = policy, policy.manifest.gradient_steps
+    seconds = time.perf_counter() - started
+    rewards, pages, watch_s = play(ranked, config, seed=seed + UNSEEN, sessions=SESSIONS)
+    mean, low, high = clustered_mean(rewards, users)
+    return Row(
+        name,
+        world,
+        seed,
+        num_steps,
+        reward=mean,
+        ci_low=low,
+        ci_high=high,
+        pages=float(pages.mean()),
+        watch_s=float(watch_s.mean()),
+        gradient_steps=gradient_steps,
+        seconds=seconds,
+        curve=tuple(curve),
+        commit=commit,
+        machine=f"{os.cpu_count()} cores {platform.machine()}",
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Finished rows; none when there is no file."""
+    return [msgspec.json.decode(line, type=Row) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _missing(
+    rows: Sequence[Row], names: Sequence[str], worlds: Sequence[int], seeds: Sequence[int], num_steps: int
+) -> Iterator[tuple[str, int, int]]:
+    finished = {(row.method, row.world, row.seed) for row in rows if row.num_steps == num_steps}
+    for seed, world, name in itertools.product(seeds, worlds, names):  # seed by seed: an early end leaves whole comparisons
+        if name in ORACLES or name == CONTROL:
+            if seed == seeds[0] and (name, world, seed) not in finished:
+                yield name, world, seed
+        elif (name, world, seed) not in finished:
+            yield name, world, seed
+
+
+def main() -> None:
+    """Measure what is missing, then write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", default=",".join([*METHODS, *ORACLES]), help="names, comma-separated")
+    parser.add_argument("--worlds", default="1,2,4", help="world seeds, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, comma-separated")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="list requests per run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no run later than this")
+    parser.add_argument("--out", type=Path, default=RESULTS / "methods.jsonl", help="rows; the report stands beside it")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    names = options.methods.split(",")
+    worlds, seeds = ([int(x) for x in text.split(",")] for text in (options.worlds, options.seeds))
+    if unknown := sorted(set(names) - {*METHODS, *ORACLES}):
+        parser.error(f"no methods {unknown}; there are {', '.join([*METHODS, *ORACLES])}")
+    rows, started, commit = read_rows(options.out), time.monotonic(), _commit()
+    wanted = [] if options.report_only else list(_missing(rows, names, worlds, seeds, options.steps))
+    print(f"{len(rows)} rows are there, {len(wanted)} are missing", flush=True)
+    queue = iter(wanted)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(measure, *key, num_steps=options.steps, commit=commit): key for key in itertools.islice(queue, options.jobs)}
+        while running:
+            future = next(as_completed(running))
+            name, world, seed = running.pop(future)
+            row = future.result()
+            rows.append(row)
+            with options.out.open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
+            spent = time.monotonic() - started
+            print(f"{spent:6.0f} s  {name:24} world {world} seed {seed}: {row.reward:6.2f} in {row.seconds:.0f} s", flush=True)
+            if spent < options.limit_s and (key := next(queue, None)) is not None:
+                running[pool.submit(measure, *key, num_steps=options.steps, commit=commit)] = key
+    write_report([row for row in rows if row.num_steps == options.steps], options.out.with_suffix(""))
+
+
+if __name__ == "__main__":
+    main()

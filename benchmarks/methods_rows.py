@@ -1,0 +1,67 @@
+"""What `benchmarks/methods.py` compares, and what a finished run leaves behind."""
+
+from __future__ import annotations
+
+import msgspec
+
+CONTROL = "static"
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """A method with settings."""
+
+    method: str  # in `esrl_ray.methods.catalogue`
+    overrides: tuple[str, ...] = ()  # `section.key=value`
+    what: str = ""
+
+
+SHARED = ("exploration.explore_share=0.25", "exploration.exploit_share=0.75")
+
+METHODS = {
+    CONTROL: Variant("static", what="control: hand-made weights"),
+    "enhancedrl": Variant("enhancedrl", what="this project's default"),
+    "enhancedrl-25%": Variant("enhancedrl", SHARED, what="the default, 25 % of users explore, 75 % exploit; learns from all"),
+    "enhancedrl-list-sum": Variant("enhancedrl-list-sum", what="the paper's critics, listwise actor"),
+    "enhancedrl-per-pair": Variant("enhancedrl-per-pair", what="per-pair TD, listwise actor"),
+    "enhancedrl-printed": Variant("enhancedrl-printed", what="the paper to the letter"),
+    "unifiedrl": Variant("unifiedrl", what="one action per request, 2 x 24 critics"),
+    "cem": Variant("cem", what="one global vector, cross-entropy method"),
+    "cma-es": Variant("cma-es", what="one global vector, CMA-ES"),
+    "optuna": Variant("optuna", what="one global vector, Optuna (TPE)"),
+    "supervised": Variant("supervised", what="per-item reward predictor, ranks past the formula"),
+    "supervised-weights": Variant("supervised-weights", what="per-pair weights by a supervised listwise loss"),
+    "td3": Variant("td3", what="one action per request"),
+    "td3-bc": Variant("td3-bc", what="TD3 with behaviour cloning"),
+    "batchrl-mtf": Variant("batchrl-mtf", what="BCQ with a VAE, one action per request"),
+    "sac": Variant("sac", what="RLlib's, one action per request"),
+    "cql": Variant("cql", what="RLlib's, one action per request"),
+    "iql": Variant("iql", what="RLlib's, one action per request"),
+}
+
+ORACLES = ("oracle-instant", "oracle-observed", "oracle-full")
+
+
+class Point(msgspec.Struct, frozen=True):
+    """Reward per session of the policy after a round."""
+
+    num_steps: int
+    reward: float
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One finished run."""
+
+    method: str
+    world: int
+    seed: int
+    num_steps: int
+    reward: float  # per session, frozen, on unseen sessions
+    ci_low: float  # 95 % over sessions, clustered by user
+    ci_high: float
+    pages: float
+    watch_s: float
+    gradient_steps: int
+    seconds: float  # training and the curve's evaluations
+    curve: tuple[Point, ...]
+    commit: str
+    machine: str
