@@ -228,6 +228,7 @@ class LearnerConfig(Section):
     critic: Literal["list_sum", "per_pair", "split"] = Field(
         "list_sum", description="TD on the sum over the list (the paper), per pair (ablation), or reward and long-term value apart."
     )
+    trace: float = Field(0.5, ge=0, le=1, description="Trace of lambda-returns; critic split [lambda].")
     horizon: Positive = Field(10, description="Next lists of the session in lambda-returns; critic split [H].")
     level: Literal["pair", "request"] = Field(
         "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."
@@ -263,6 +264,8 @@ class LearnerConfig(Section):
     def _levels(self) -> Self:
         if self.level == "request" and self.actor_loss == "listwise":
             raise ValueError("level request needs actor_loss printed: one action for a whole list has no pairs to weigh against each other")
+        if self.critic == "split" and self.actor_loss == "printed":
+            raise ValueError("critic split needs actor_loss listwise: its critics do not see actions, so the printed loss has no gradient")
         return self
 
 

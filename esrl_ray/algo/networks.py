@@ -100,30 +100,41 @@ class Critics(nn.Module):
         critics_per_group: m.
         hidden_sizes: Widths of the hidden layers.
         embedding_size: Width of each categorical feature's embedding; each critic has its own tables.
+        actions: Whether they see actions.
     """
 
-    def __init__(self, spec: Spec, num_groups: int, critics_per_group: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        num_groups: int,
+        critics_per_group: int,
+        *,
+        hidden_sizes: Sequence[int],
+        embedding_size: int,
+        actions: bool = True,
+    ) -> None:
         super().__init__()
         self.shape = (num_groups, critics_per_group)
         e = num_groups * critics_per_group
         self.embeddings = nn.ParameterList(torch.randn(e, f.cardinality, embedding_size) for f in spec.categorical_features)
-        widths = [spec.num_features + spec.num_scores + spec.num_actions + embedding_size * spec.num_categorical, *hidden_sizes, 1]
+        num_inputs = spec.num_features + spec.num_scores + (spec.num_actions if actions else 0)
+        widths = [num_inputs + embedding_size * spec.num_categorical, *hidden_sizes, 1]
         self.weights = nn.ParameterList(_uniform(e, a, b, fan_in=a) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(_uniform(e, 1, b, fan_in=a) for a, b in pairwise(widths))
 
-    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor, relative_actions: torch.Tensor) -> torch.Tensor:
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor, relative_actions: torch.Tensor | None = None) -> torch.Tensor:
         """Values of pairs.
 
         Args:
             numeric: (N, F + k) float32, normalised.
             categorical: (N, C) int64 codes.
-            relative_actions: (N, A) `(a - anchor) / width of the bounds`.
+            relative_actions: (N, A) `(a - anchor) / width of the bounds`; None for critics that do not see actions.
 
         Returns:
             (q, m, N).
         """
         q, m = self.shape
-        x = torch.cat([numeric, relative_actions], dim=-1)  # (N, in), broadcast over the q m critics
+        x = numeric if relative_actions is None else torch.cat([numeric, relative_actions], dim=-1)  # (N, in), broadcast over critics
         if len(self.embeddings) > 0:
             looked_up = [table[:, categorical[:, c]] for c, table in enumerate(self.embeddings)]  # each (q m, N, embedding)
             x = torch.cat([x.expand(q * m, -1, -1), *looked_up], dim=-1)
@@ -139,6 +150,43 @@ class Critics(nn.Module):
         for weight, bias in zip(self.weights[0], self.biases[0], strict=True):
             weight[:], bias[0] = _folded(weight, bias[0], old, new)
 
+    @torch.no_grad()
+    def rescale(self, ratio: torch.Tensor) -> None:
+        """Multiply the values of group i by ratio (q,)."""
+        wide = ratio.repeat_interleave(self.shape[1])[:, None, None]  # (q m, 1, 1)
+        self.weights[-1].mul_(wide)
+        self.biases[-1].mul_(wide)
+
+
+class SplitCritics(nn.Module):
+    """Action-free critics, split by what they explain: a pair's reward, what it does to the rest of the session, and the user's state.
+
+    All reward groups are summed, so that there are m critics of each kind. `pairs` are (reward rho, long-term f) of a pair; `users`,
+    which see user and context only, are (offset b, value V) of a request.
+
+    Args:
+        spec: Widths F, k and C.
+        num_critics: m.
+        hidden_sizes: Widths of the hidden layers of `pairs`; those of `users` are half as wide.
+        embedding_size: Width of each categorical feature's embedding.
+    """
+
+    def __init__(self, spec: Spec, num_critics: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
+        super().__init__()
+        narrow = [max(1, size // 2) for size in hidden_sizes]
+        self.pairs = Critics(spec, 2, num_critics, hidden_sizes=hidden_sizes, embedding_size=embedding_size, actions=False)
+        self.users = Critics(spec, 2, num_critics, hidden_sizes=narrow, embedding_size=embedding_size, actions=False)
+
+    def fold(self, old: Normaliser, new: Normaliser) -> None:
+        """As `Critics.fold`."""
+        self.pairs.fold(old, new)
+        self.users.fold(old, new)
+
+    def rescale(self, ratio: torch.Tensor) -> None:
+        """Multiply all values by the ratio of the norms of the value scales (q,), old over new."""
+        self.pairs.rescale(ratio.expand(2))
+        self.users.rescale(ratio.expand(2))
+
 
 class Networks(nn.Module):
     """All that a learner's parameters are: actor, critics, their targets, the frozen anchor, and the scales that they share.
@@ -153,6 +201,7 @@ class Networks(nn.Module):
         hidden_sizes: Widths of actor and critics.
         embedding_size: Width of a categorical feature's embedding.
         level: What the actor sees.
+        split: Critics are `SplitCritics`.
     """
 
     mean: torch.Tensor
@@ -168,11 +217,16 @@ class Networks(nn.Module):
         hidden_sizes: Sequence[int],
         embedding_size: int,
         level: Level = "pair",
+        split: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self.level = spec, level
         self.actor = Actor(spec, hidden_sizes, embedding_size, level=level)
-        self.critics = Critics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
+        self.critics: Critics | SplitCritics
+        if split:
+            self.critics = SplitCritics(spec, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
+        else:
+            self.critics = Critics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.anchor = copy.deepcopy(self.actor).requires_grad_(False)
@@ -188,9 +242,11 @@ class Networks(nn.Module):
         return normalised
 
     def visible(self, numeric: torch.Tensor, categorical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (..., F + k) and codes (..., C) as all networks see them: at the level of requests 0 where they belong to an item."""
-        if self.level == "pair":
-            return numeric, categorical
+        """Inputs (..., F + k) and codes (..., C) as all networks see them: at the level of requests without those of the item."""
+        return (numeric, categorical) if self.level == "pair" else self.request_only(numeric, categorical)
+
+    def request_only(self, numeric: torch.Tensor, categorical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (..., F + k) and codes (..., C), 0 where they belong to an item."""
         kept, codes = torch.zeros_like(numeric), torch.zeros_like(categorical)
         for whole, part, columns in ((numeric, kept, self.spec.request_inputs), (categorical, codes, self.spec.request_codes)):
             part[..., list(columns)] = whole[..., list(columns)]
@@ -215,10 +271,11 @@ class Networks(nn.Module):
         if fold:
             for network in (self.actor, self.critics, self.target_actor, self.target_critics, self.anchor):
                 network.fold(old, normaliser)
+            before, after = self.value_scale, scale
+            if isinstance(self.critics, SplitCritics):
+                before, after = before.norm(), after.norm()
             for critics in (self.critics, self.target_critics):
-                ratio = (self.value_scale / scale).repeat_interleave(critics.shape[1])[:, None, None]  # (q m, 1, 1)
-                critics.weights[-1].mul_(ratio)
-                critics.biases[-1].mul_(ratio)
+                critics.rescale(before / after)
         self.mean.copy_(torch.as_tensor(normaliser.mean))
         self.std.copy_(torch.as_tensor(normaliser.std))
         self.value_scale.copy_(scale)

@@ -15,7 +15,8 @@ import torch
 
 from esrl_ray.algo import losses
 from esrl_ray.algo.losses import Bounds
-from esrl_ray.algo.networks import Critics, Networks
+from esrl_ray.algo.networks import Critics, Networks, SplitCritics
+from esrl_ray.algo.split import SplitLosses, lambda_return, split_losses
 from esrl_ray.config import Config, LearnerConfig
 from esrl_ray.fusion import fused_scores
 from esrl_ray.vocabulary import TransitionBatch
@@ -82,6 +83,7 @@ def make_networks(config: Config) -> Networks:
             hidden_sizes=learner.hidden_sizes,
             embedding_size=learner.embedding_size,
             level=learner.level,
+            split=learner.critic == "split",
         )
 
 
@@ -91,6 +93,23 @@ def make_optimisers(networks: Networks, learner: LearnerConfig) -> tuple[torch.o
         torch.optim.Adam(list(networks.actor.parameters()), lr=learner.actor_lr, foreach=True),
         torch.optim.Adam(list(networks.critics.parameters()), lr=learner.critic_lr, foreach=True),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """The user's state at each list and at the H lists after it; rewards in units of the norm of the value scale."""
+
+    numeric: torch.Tensor  # (B, 1 + H, F + k) normalised, 0 where they belong to an item; first of the list itself
+    categorical: torch.Tensor  # (B, 1 + H, C)
+    list_rewards: torch.Tensor  # (B, L) of the shown pairs of the list, groups summed with their weights
+    rewards: torch.Tensor  # (B, H) of the next lists
+    known: torch.Tensor  # (B, H)
+    terminated: torch.Tensor  # (B, H)
+
+    def split(self, num_parts: int) -> list[Future]:
+        """As `Batch.split`."""
+        columns = [getattr(self, f.name).split(len(self.known) // num_parts) for f in fields(self)]
+        return [Future(*part) for part in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +132,15 @@ class Batch:
     next_anchors: torch.Tensor  # (B, M, A) mu_bp(s')
     next_shown: torch.Tensor  # (B, M)
     bootstrap: torch.Tensor  # (B,)
+    future: Future | None  # for the split critic
 
     def split(self, num_parts: int) -> list[Batch]:
         """Parts with equally many consecutive transitions."""
         rows = len(self.bootstrap)
         assert rows % num_parts == 0, f"{rows} transitions do not split in {num_parts}"
-        columns = [getattr(self, f.name).split(rows // num_parts) for f in fields(self)]
-        return [Batch(*part) for part in zip(*columns, strict=True)]
+        columns = {f.name: getattr(self, f.name).split(rows // num_parts) for f in fields(self) if f.name != "future"}
+        futures = [None] * num_parts if self.future is None else self.future.split(num_parts)
+        return [Batch(**{name: parts[i] for name, parts in columns.items()}, future=future) for i, future in enumerate(futures)]
 
 
 @torch.no_grad()
@@ -140,6 +161,7 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
     numeric, categorical = networks.visible(networks.numeric(c["states"], c["scores"]), c["categorical"].long())
     next_numeric, next_categorical = networks.visible(networks.numeric(c["next_states"], c["next_scores"]), c["next_categorical"].long())
     relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
+    future = _future(state, c) if isinstance(networks.critics, SplitCritics) else None
     shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
     next_list, next_codes = _pick(next_numeric, next_shown), _pick(next_categorical, next_shown)
     return Batch(
@@ -159,6 +181,28 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
         next_anchors=networks.anchor(next_list, next_codes),
         next_shown=c["next_shown"].gather(1, next_shown),
         bootstrap=c["has_next"] * (1 - c["terminated"]),
+        future=future,
+    )
+
+
+def _future(state: LearnState, c: Mapping[str, torch.Tensor]) -> Future:
+    networks, weights = state.networks, state.group_weights
+    first = c["valid"].argmax(1)  # a real pair: the state of user and context is in all of them
+    rows = torch.arange(len(first), device=first.device)
+    states = torch.cat([c["states"][rows, first].unsqueeze(1), c["future_states"]], 1)  # (B, 1 + H, F)
+    codes = torch.cat([c["categorical"][rows, first].unsqueeze(1), c["future_categorical"]], 1)
+    numeric, categorical = networks.request_only(
+        networks.numeric(states, torch.ones_like(states[..., :1]).expand(*states.shape[:-1], c["scores"].shape[-1])), codes.long()
+    )
+    scale = networks.value_scale.norm()
+    rewards = (c["rewards"] * weights).sum(-1) / scale  # (B, G)
+    return Future(
+        numeric=numeric,
+        categorical=categorical,
+        list_rewards=rewards.gather(1, _shown_first(c["shown"])),
+        rewards=(c["future_rewards"] * weights).sum(-1) / scale,
+        known=c["future_known"],
+        terminated=c["future_terminated"],
     )
 
 
@@ -223,6 +267,11 @@ def update(state: LearnState, batch: Batch, *, average: Average | None = None) -
 
 def _critic_step(state: LearnState, batch: Batch, average: Average | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     networks, learner, bounds = state.networks, state.learner, state.bounds
+    if isinstance(networks.critics, SplitCritics):
+        loss = torch.stack(_split_losses(state, batch))  # (3, m)
+        norm = _step(loss.sum(), list(networks.critics.parameters()), state.critic_optimiser, max_norm=learner.grad_clip, average=average)
+        return loss.detach().mean(), norm, torch.ones_like(norm)
+    assert isinstance(networks.target_critics, Critics)
     with torch.no_grad():
         next_actions = networks.target_actor(batch.next_numeric, batch.next_categorical)  # (B, M, A)
         relative = losses.relative_actions(next_actions, batch.next_anchors, bounds)
@@ -247,6 +296,20 @@ def _critic_step(state: LearnState, batch: Batch, average: Average | None) -> tu
     return loss.detach().mean(), norm, phi_mean
 
 
+def _split_losses(state: LearnState, batch: Batch) -> SplitLosses:
+    """Losses of the split critic on a batch."""
+    networks, learner, future = state.networks, state.learner, batch.future
+    critics, targets = networks.critics, networks.target_critics
+    assert isinstance(critics, SplitCritics) and isinstance(targets, SplitCritics) and future is not None
+    with torch.no_grad():
+        values = _values(targets.users, future.numeric[:, 1:], future.categorical[:, 1:])[1].mean(0)  # (B, H) V, mean of the critics
+        returned = lambda_return(future.rewards, values, future.known, future.terminated, gamma=learner.gamma, trace=learner.trace)
+        after = learner.gamma * batch.bootstrap * ((1 - learner.trace) * values[:, 0] + learner.trace * returned)  # (B,)
+    pairs = _values(critics.pairs, batch.list_numeric, batch.list_categorical)  # (2, m, B, L)
+    users = _values(critics.users, future.numeric[:, :1], future.categorical[:, :1])[..., 0]  # (2, m, B)
+    return split_losses(pairs, users, future.list_rewards, batch.list_shown, after=after)
+
+
 def _actor_step(state: LearnState, batch: Batch, average: Average | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     networks, learner, bounds = state.networks, state.learner, state.bounds
     actions = networks.actor(batch.numeric, batch.categorical)  # (B, P, A)
@@ -255,6 +318,9 @@ def _actor_step(state: LearnState, batch: Batch, average: Average | None) -> tup
     weights = state.group_weights * networks.value_scale  # back to units of reward
 
     def pair_values() -> torch.Tensor:  # (B, P)
+        if isinstance(networks.critics, SplitCritics):
+            parts = _values(networks.critics.pairs, batch.numeric, batch.categorical)  # (2, m, B, P)
+            return losses.pessimistic_values(parts.sum(0, keepdim=True), [1.0], std_penalty=learner.std_penalty)
         relative = losses.relative_actions(actions, batch.anchors, bounds)
         values = _values(networks.critics, batch.numeric, batch.categorical, relative)
         return losses.pessimistic_values(values, weights, std_penalty=learner.std_penalty)
@@ -288,9 +354,10 @@ def _step(
     return norm
 
 
-def _values(critics: Critics, numeric: torch.Tensor, categorical: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
-    """Q of padded pairs (B, P, ...): (q, m, B, P)."""
-    values: torch.Tensor = critics(numeric.flatten(0, 1), categorical.flatten(0, 1), relative.flatten(0, 1))
+def _values(critics: Critics, numeric: torch.Tensor, categorical: torch.Tensor, relative: torch.Tensor | None = None) -> torch.Tensor:
+    """Values of padded pairs (B, P, ...): (q, m, B, P)."""
+    taken = None if relative is None else relative.flatten(0, 1)
+    values: torch.Tensor = critics(numeric.flatten(0, 1), categorical.flatten(0, 1), taken)
     return values.view(*critics.shape, *numeric.shape[:2])
 
 

@@ -12,6 +12,7 @@ from esrl_ray.methods.static import Static
 
 ENHANCEDRL: dict[str, dict[str, Any]] = {
     "enhancedrl": {},
+    "enhancedrl-split": {"critic": "split", "critics_per_group": 3, "gamma": 0.98, "actor_lr": 1e-3},
     "enhancedrl-list-sum": {"critic": "list_sum"},
     "enhancedrl-per-pair": {"critic": "per_pair"},
     "enhancedrl-printed": {"critic": "list_sum", "actor_loss": "printed"},

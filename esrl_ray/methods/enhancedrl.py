@@ -52,7 +52,7 @@ class EnhancedRL:
         networks.set_scales(*fit_scales(newest), fold=self._round > 0)
         per_call = learner.batch_size * learner.updates_per_call
         for _ in range(round((len(steps) - self._seen) * self.config.replay.samples_per_insert / per_call)):
-            drawn = steps.transitions(self._rng.choice(samplable, per_call))
+            drawn = steps.transitions(self._rng.choice(samplable, per_call), horizon=learner.num_future)
             for part in prepare(self.state, drawn).split(learner.updates_per_call):
                 self.result = update(self.state, part)
         self._seen = len(steps)

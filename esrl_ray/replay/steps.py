@@ -37,7 +37,7 @@ class Steps:
     """
 
     def __init__(self, config: Config, capacity: int) -> None:
-        spec, self._q, self._horizon = config.spec.build(), config.reward.num_groups, config.learner.num_future
+        spec, self._q = config.spec.build(), config.reward.num_groups
         storage = Storage(spec, num_groups=self._q, capacity=capacity, max_pairs=config.max_pairs)
         behaviours = np.zeros((capacity, config.max_pairs, len(config.reward.behaviours)), np.float32)
         self._columns: dict[str, npt.NDArray[Any]] = {**storage.columns, "behaviours": behaviours}
@@ -111,8 +111,13 @@ class Steps:
         """Set what follows steps: other steps, LEFT or CUT."""
         self._keys["following"][steps] = by
 
-    def transitions(self, steps: Indices) -> TransitionBatch:
-        """These steps (b,) with their next lists; one whose next list is unknown counts as neither terminated nor followed."""
+    def transitions(self, steps: Indices, *, horizon: int = 0) -> TransitionBatch:
+        """These steps (b,) with their next lists; one whose next list is unknown counts as neither terminated nor followed.
+
+        Args:
+            steps: Numbers.
+            horizon: H > 0 adds the `future_*` columns.
+        """
         c, following = self._columns, self._keys["following"][steps]
         has_next, after = (following >= 0).astype(np.float32), np.maximum(following, 0)
         batch = TransitionBatch(
@@ -131,8 +136,8 @@ class Steps:
             has_next=has_next,
             terminated=(following == LEFT).astype(np.float32),
         )
-        if self._horizon:
-            chain = followers(self._keys["following"], steps, self._horizon)
+        if horizon:
+            chain = followers(self._keys["following"], steps, horizon)
             batch.update(cast(TransitionBatch, future_columns(c, self._keys["following"] == LEFT, chain)))
         return batch
 
