@@ -8,7 +8,7 @@ from esrl_ray.config import Config
 from esrl_ray.vocabulary import TransitionBatch
 
 
-def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size: int | None = None) -> TransitionBatch:
+def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size: int | None = None, horizon: int = 0) -> TransitionBatch:
     """Lists of different length in shuffled places, padding filled with garbage, some sessions ended, actions explored around 0.1.
 
     Args:
@@ -16,6 +16,7 @@ def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size
         num_steps: B.
         seed: Of everything.
         list_size: Shown pairs of every list; by default 1 to the configured size.
+        horizon: H > 0 adds the `future_*` columns: sessions that end, by the user or unknown, after up to H lists.
     """
     spec, rng, g = config.spec.build(), np.random.default_rng(seed), config.max_pairs
     f, k, a, q = spec.num_features, spec.num_scores, spec.num_actions, config.reward.num_groups
@@ -38,7 +39,7 @@ def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size
     terminated = (rng.random(num_steps) < 0.2).astype(np.float32)
     has_next = 1 - terminated
     anchors = np.full((num_steps, g, a), 0.1, np.float32)
-    return TransitionBatch(
+    batch = TransitionBatch(
         states=normal(f),
         categorical=codes(),
         scores=np.exp(normal(k)),
@@ -54,3 +55,13 @@ def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size
         has_next=has_next,
         terminated=terminated,
     )
+    if horizon:
+        length = rng.integers(1, horizon + 1, num_steps) * has_next.astype(int)
+        known = (np.arange(horizon) < length[:, None]).astype(np.float32)
+        last = np.arange(horizon) == length[:, None] - 1
+        batch["future_states"] = rng.normal(size=(num_steps, horizon, f)).astype(np.float32)
+        batch["future_categorical"] = codes()[:, :1].repeat(horizon, 1)
+        batch["future_rewards"] = rng.normal(size=(num_steps, horizon, q)).astype(np.float32) * known[..., None]
+        batch["future_known"] = known
+        batch["future_terminated"] = (last & (rng.random((num_steps, 1)) < 0.5)).astype(np.float32)
+    return batch

@@ -31,11 +31,19 @@ def _same(module: torch.nn.Module, before: list[torch.Tensor]) -> bool:
 
 def _state(config: Config, **learner: Any) -> tuple[LearnState, Batch]:
     state = LearnState.create(_with(config, **learner), device="cpu")
-    return state, prepare(state, make_transitions(config, 8))
+    return state, prepare(state, make_transitions(config, 8, horizon=state.learner.num_future))
 
 
-def test_a_step_trains_actor_and_critics_and_leaves_the_rest(config: Config) -> None:
-    state, batch = _state(config)
+KINDS: list[dict[str, Any]] = [
+    {"critic": "list_sum"},
+    {"critic": "split"},
+    {"critic": "list_sum", "level": "request", "actor_loss": "printed"},
+]
+
+
+@pytest.mark.parametrize("learner", KINDS)
+def test_a_step_trains_actor_and_critics_and_leaves_the_rest(config: Config, learner: dict[str, Any]) -> None:
+    state, batch = _state(config, **learner)
     n = state.networks
     trained = [(m, _snapshot(m)) for m in (n.actor, n.critics)]
     frozen = [(m, _snapshot(m)) for m in (n.target_actor, n.target_critics, n.anchor)]
@@ -47,9 +55,9 @@ def test_a_step_trains_actor_and_critics_and_leaves_the_rest(config: Config) -> 
     assert all(value.shape == () and bool(value.isfinite()) for value in result)
 
 
-@pytest.mark.parametrize("actor_loss", ["listwise", "printed"])
-def test_the_actor_step_gives_critics_no_gradient(config: Config, actor_loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, batch = _state(config, actor_loss=actor_loss)
+@pytest.mark.parametrize("learner", [*KINDS, {"actor_loss": "printed"}])
+def test_the_actor_step_gives_critics_no_gradient(config: Config, learner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    state, batch = _state(config, **learner)
     steps: list[list[torch.Tensor]] = []
     real = torch.autograd.grad
 
@@ -77,9 +85,9 @@ def test_targets_move_every_so_many_steps_by_tau(config: Config) -> None:
         assert torch.allclose(target, (old + new) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("learner", [{}, {"actor_loss": "printed"}, {"critic": "per_pair"}, {"phi": True, "continuous_penalty": True}])
+@pytest.mark.parametrize("learner", [*KINDS, {"actor_loss": "printed"}, {"critic": "per_pair"}, {"phi": True, "continuous_penalty": True}])
 def test_padding_changes_nothing(config: Config, learner: dict[str, Any]) -> None:
-    transitions = make_transitions(config, 8)
+    transitions = make_transitions(config, 8, horizon=3)
     garbage = cast(TransitionBatch, {name: np.array(column) for name, column in transitions.items()})
     hidden, next_hidden = transitions["valid"] == 0, transitions["next_shown"] == 0
     assert hidden.any()
@@ -115,11 +123,12 @@ def test_terminated_stops_the_bootstrap_and_a_next_list_feeds_it(config: Config)
     assert prepare(state, transitions).bootstrap.tolist() == (1 - transitions["terminated"]).tolist()
 
 
-def test_value_scales_do_not_change_what_the_actor_wants(config: Config) -> None:
+@pytest.mark.parametrize("critic", ["list_sum", "split"])
+def test_value_scales_do_not_change_what_the_actor_wants(config: Config, critic: str) -> None:
     """The same critics in other units give the same advantages: value scales are multiplied back."""
     losses = []
     for scale in (1.0, 4.0):
-        state, batch = _state(config)
+        state, batch = _state(config, critic=critic)
         normaliser = state.networks.normaliser
         state.networks.set_scales(normaliser, np.full(2, scale, np.float32), fold=True)
         losses.append(float(update(state, batch).actor_loss))
@@ -147,7 +156,7 @@ def test_the_same_seed_gives_the_same_learner_and_touches_no_global_state(config
     assert torch.equal(first, torch.rand(1))
     assert all(torch.equal(x, y) for x, y in zip(a.networks.parameters(), b.networks.parameters(), strict=True))
     other = LearnState.create(_with(config, seed=1, hidden_sizes=config.learner.hidden_sizes), device="cpu")
-    assert not torch.equal(a.networks.critics.weights[0], other.networks.critics.weights[0])
+    assert not all(torch.equal(x, y) for x, y in zip(a.networks.critics.parameters(), other.networks.critics.parameters(), strict=True))
 
 
 def test_gradients_are_clipped_to_the_configured_norm(config: Config) -> None:
