@@ -6,9 +6,11 @@ from typing import Any
 
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
+from esrl_ray.methods.batchrl import BatchRL
 from esrl_ray.methods.enhancedrl import EnhancedRL
 from esrl_ray.methods.method import Method
 from esrl_ray.methods.static import Static
+from esrl_ray.methods.td3 import TD3_BC, Td3
 
 ENHANCEDRL: dict[str, dict[str, Any]] = {
     "enhancedrl": {},
@@ -20,7 +22,7 @@ ENHANCEDRL: dict[str, dict[str, Any]] = {
 }
 """Learner settings of the methods that are EnhancedRL's update with other losses."""
 
-NAMES = (*ENHANCEDRL, "static")
+NAMES = (*ENHANCEDRL, "td3", "td3-bc", "batchrl-mtf", "static")
 
 
 def create_method(name: str, config: Config, *, seed: int) -> Method:
@@ -37,6 +39,10 @@ def create_method(name: str, config: Config, *, seed: int) -> Method:
     if name in ENHANCEDRL:
         learner = config.learner.model_copy(update=ENHANCEDRL[name])
         return EnhancedRL(name, config.model_copy(update={"learner": learner}), seed=seed)
+    if name in ("td3", "td3-bc"):
+        return Td3(name, config, seed=seed, settings=TD3_BC if name == "td3-bc" else None)
+    if name == "batchrl-mtf":
+        return BatchRL(name, config, seed=seed)
     if name == "static":
         return Static(name, config)
     raise MethodError(f"no method {name!r}", "method", f"take one of {', '.join(NAMES)}")
