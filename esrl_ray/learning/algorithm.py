@@ -1,7 +1,6 @@
-"""The RLlib Algorithm: env-less, fed by replay shards. Facts of RLlib 2.60 that this file depends on:
+"""The RLlib Algorithm: env-less, fed by replay shards or by a log. Facts of RLlib 2.60 that this file depends on:
 
-- `_is_online = False` (as MARWIL sets it) without an `input_` builds neither EnvRunners nor OfflineData; it is private, hence the pin.
-- Without EnvRunners the stock `restore_from_path` and `set_state` raise AttributeError: both are overridden.
+- Without EnvRunners the stock `restore_from_path`, `set_state` and `get_module` raise AttributeError: all are overridden.
 - `LearnerGroup.update(batch_refs=...)` takes exactly one reference per learner, each to a MultiAgentBatch.
 - `training_step` returns None; results come from `self.metrics`.
 - A dead learner is never restarted: the error surfaces from `train()`, or calls return fewer results than there are learners.
@@ -12,18 +11,13 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import gymnasium as gym
-import numpy as np
-import ray
-import torch
 from ray.actor import ActorHandle
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
-from ray.rllib.core import COMPONENT_LEARNER_GROUP, COMPONENT_METRICS_LOGGER, DEFAULT_MODULE_ID
-from ray.rllib.core.learner.learner import Learner
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_METRICS_LOGGER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.policy.sample_batch import MultiAgentBatch
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import LEARNER_RESULTS, TIMERS
 from ray.tune.result import TRAINING_ITERATION
@@ -31,17 +25,20 @@ from ray.tune.result import TRAINING_ITERATION
 from esrl_ray.algo.update import UpdateResult
 from esrl_ray.config import Config
 from esrl_ray.errors import LearnersLost, LoopError
+from esrl_ray.learning.algorithm_config import EnhancedRLConfig
 from esrl_ray.learning.feed import BatchFeed
 from esrl_ray.learning.learner import GRADIENT_STEPS, EnhancedRLLearner
 from esrl_ray.learning.module import DEPLOYMENT, EnhancedRLModule
+from esrl_ray.learning.rounds import fit_scales
+from esrl_ray.learning.steps_feed import LoggedSteps, StepsFeed
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import Policy, PolicyKind
+from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Floats, Lineage
 
-T = TypeVar("T")
+__all__ = ["EnhancedRL", "EnhancedRLConfig", "learner_results"]
 
-CPU_SHARE = 0.01
-"""CPUs that a remote learner reserves: a reservation of whole ones would keep the loop from starting on a small machine."""
+T = TypeVar("T")
 
 CALLS_PER_ITERATION = 4
 """Learner calls in one `train()`: its bookkeeping costs about 3 ms."""
@@ -50,49 +47,23 @@ WAIT_S = 0.5
 """`train()` returns without an update when the shards give nothing for this long."""
 
 
-class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyped
-    """RLlib's configuration of `EnhancedRL`; everything is derived from the deployment's `Config`."""
+class Feed(Protocol):
+    """Where batches come from."""
 
-    deployment: Config
-
-    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
-        super().__init__(algo_class=algo_class or EnhancedRL)
-        self._is_online = False
-        self.num_env_runners = 0
-        self.torch_skip_nan_gradients = True  # RLlib's own check waits for the device twice per parameter
-        self.min_time_s_per_iteration = 0
-        self.deployment = Config()
-
-    def training(self, *, deployment: Config = NotProvided, **kwargs: Any) -> Self:
-        """Set the deployment; secrets are taken out, because RLlib pickles its configuration into checkpoints."""
-        super().training(**kwargs)
-        if deployment is not NotProvided:
-            kafka = deployment.kafka.model_copy(update={"sasl_password": None})
-            serve = deployment.serve.model_copy(update={"bearer_token": None})
-            self.deployment = deployment.model_copy(update={"kafka": kafka, "serve": serve})
-            learner, spec = deployment.learner, deployment.spec.build()
-            self.gamma = learner.gamma
-            self.train_batch_size_per_learner = learner.batch_size * learner.updates_per_call
-            self.learners(num_learners=learner.num_learners, num_cpus_per_learner=CPU_SHARE, num_gpus_per_learner=int(_has_gpu(deployment)))
-            self.environment(
-                observation_space=gym.spaces.Box(-np.inf, np.inf, (spec.num_features + spec.num_scores,), np.float32),
-                action_space=gym.spaces.Box(-1.0, 1.0, (spec.num_actions,), np.float32),
-            )
-        return self
-
-    def get_default_learner_class(self) -> type[Learner]:
-        """The fused learner."""
-        return EnhancedRLLearner
-
-    def get_default_rl_module_spec(self) -> RLModuleSpec:
-        """The networks of the deployment."""
-        return RLModuleSpec(module_class=EnhancedRLModule, model_config={DEPLOYMENT: self.deployment})
+    def next(self, wait_s: float) -> tuple[Lineage, list[Any]] | None:
+        """What can have been drawn from, and one `MultiAgentBatch` or reference to one per learner; None = nothing now."""
 
 
 class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
-    """EnhancedRL on RLlib. Call `draw_from` before `train`."""
+    """EnhancedRL on RLlib. Call `draw_from` or `draw_from_steps` before `train`, unless there is `offline_data(input_=...)`.
+
+    Attributes:
+        lineage: {worker: commit} of the data drawn so far.
+        num_calls: Learner calls so far.
+    """
 
     lineage: dict[str, int]
+    num_calls: int
 
     @classmethod
     def get_default_config(cls) -> EnhancedRLConfig:
@@ -109,17 +80,33 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
     def setup(self, config: AlgorithmConfig) -> None:
         """Build the learners."""
         super().setup(config)
-        self._feed: BatchFeed | None = None
-        self.lineage = {}
+        self._feed: Feed | None = None
+        self.lineage, self.num_calls = {}, 0
+        if isinstance(self.offline_data, LoggedSteps):
+            self.draw_from_steps(self.offline_data.steps)
 
     def draw_from(self, shards: Sequence[ActorHandle]) -> None:
         """Take batches from these replay shards. Handles are not part of the configuration: a checkpoint must not hold them."""
         self._feed = BatchFeed(shards, self.config.train_batch_size_per_learner, max(1, self.config.num_learners))
 
+    def draw_from_steps(self, steps: Steps, *, num_calls: int | None = None) -> None:
+        """Take batches from a log in memory, and fit the scales on it when nothing has been learnt yet.
+
+        Args:
+            steps: The log.
+            num_calls: Learner calls in all, also those before a checkpoint; `train` makes no more. None = no end.
+        """
+        count = self.config.num_learners
+        feed = StepsFeed(steps, self.config.deployment, max(1, count), by_reference=count > 0)
+        feed.call, feed.last = self.num_calls, num_calls
+        if self.num_calls == 0:
+            self.set_scales(*fit_scales(feed.spread()), fold=False)
+        self._feed = feed
+
     def training_step(self) -> None:
         """Some learner calls; `lineage` follows the data that they drew. Returns early when the shards have nothing to give."""
         if self._feed is None:
-            raise LoopError("train() without replay shards", "EnhancedRL", "call draw_from(shards) first")
+            raise LoopError("train() without anything to draw from", "EnhancedRL", "call draw_from(shards) or draw_from_steps(steps) first")
         for _ in range(CALLS_PER_ITERATION):
             with self.metrics.log_time((TIMERS, "replay_wait")):
                 drawn = self._feed.next(WAIT_S)
@@ -127,13 +114,14 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
                 return
             self.learn(*drawn)
 
-    def learn(self, lineage: Lineage, refs: list[ray.ObjectRef]) -> None:
-        """One learner call on one batch reference per learner."""
+    def learn(self, lineage: Lineage, batches: list[Any]) -> None:
+        """One learner call on one batch reference per learner, or on the batch itself for a local one."""
+        local = isinstance(batches[0], MultiAgentBatch)
         with self.metrics.log_time((TIMERS, "learner_update")):
-            results = self.learner_group.update(batch_refs=refs)
+            results = self.learner_group.update(**({"batch": batches[0]} if local else {"batch_refs": batches}))
         self._all_there(len(results))
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
-        self.lineage = {**self.lineage, **lineage}
+        self.lineage, self.num_calls = {**self.lineage, **lineage}, self.num_calls + 1
 
     def each_learner(self, call: Callable[[EnhancedRLLearner], T]) -> list[T]:
         """Call a function on every learner and return the results.
@@ -148,6 +136,14 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
     def published(self) -> tuple[dict[str, Floats], Normaliser, int]:
         """The actor's parameters, the normaliser, and the gradient steps behind them."""
         return self.each_learner(_published)[0]
+
+    def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> EnhancedRLModule:
+        """A copy of the module's part that decides, as `EnhancedRLModule.from_checkpoint(..., inference_only=True)` reads it."""
+        path = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}/{module_id}"
+        state = self.learner_group.get_state(components=[path], inference_only=True)
+        module = EnhancedRLModule(inference_only=True, model_config={DEPLOYMENT: self.config.deployment})
+        module.set_state(state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][module_id])
+        return module
 
     def set_scales(self, normaliser: Normaliser, value_scale: Floats, *, fold: bool) -> None:
         """`Networks.set_scales` on every learner."""
@@ -173,9 +169,9 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
     def get_state(
         self, components: str | Collection[str] | None = None, *, not_components: str | Collection[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state and the lineage."""
+        """RLlib's state, the lineage and the number of learner calls."""
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
-        return {**state, "lineage": self.lineage}
+        return {**state, "lineage": self.lineage, "num_calls": self.num_calls}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `get_state`, without the EnvRunners that the stock one asks for."""
@@ -185,7 +181,9 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
             self.metrics.set_state(state[COMPONENT_METRICS_LOGGER])
         if TRAINING_ITERATION in state:
             self._iteration = state[TRAINING_ITERATION]
-        self.lineage = dict(state.get("lineage", {}))
+        self.lineage, self.num_calls = dict(state.get("lineage", {})), state.get("num_calls", 0)
+        if isinstance(self._feed, StepsFeed):
+            self._feed.call = self.num_calls
 
     def restore_from_path(self, path: str | pathlib.Path, *args: Any, **kwargs: Any) -> None:
         """Restore a checkpoint, without the EnvRunners that the stock one asks for."""
@@ -207,12 +205,3 @@ def _published(learner: EnhancedRLLearner) -> tuple[dict[str, Floats], Normalise
     state = learner.learn_state
     parameters = {name: tensor.cpu().numpy().copy() for name, tensor in state.networks.actor.state_dict().items()}
     return parameters, state.networks.normaliser, state.gradient_steps
-
-
-def _has_gpu(deployment: Config) -> bool:
-    """Whether learners get a GPU: this process's for a local one, the cluster's for remote ones."""
-    if deployment.learner.device != "auto":
-        return deployment.learner.device.startswith("cuda")
-    if deployment.learner.num_learners == 0:
-        return torch.cuda.is_available()
-    return bool(ray.cluster_resources().get("GPU", 0) >= deployment.learner.num_learners)

@@ -1,0 +1,62 @@
+"""Simulated steps as tables of the step log, for tests that read a log."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from esrl_ray.config import Config
+from esrl_ray.methods.static import Static
+from esrl_ray.policy.policy import Policy
+from esrl_ray.replay.steps import ARMS, LEFT, Steps
+from esrl_ray.simulation.rounds import SimulatedTraffic
+from esrl_ray.vocabulary import Ended, StepRow
+from streaming.steptable import rows_to_table
+
+
+def simulated_steps(config: Config, num_steps: int, *, seed: int = 0) -> Steps:
+    """At least `num_steps` steps of the simulator, with exploration around the control policy."""
+    traffic = SimulatedTraffic(config, seed=seed, capacity=num_steps)
+    control = Policy.static(config.spec.build())
+    exploration = Static("static", config).exploration()
+    for _ in traffic.serve(exploration, control, until=num_steps, number=0):
+        pass
+    return traffic.steps
+
+
+def step_table(steps: Steps) -> pa.Table:
+    """The same steps as rows of the log; those whose end is not known are open."""
+    c, following = steps.columns, steps.following
+    return rows_to_table(
+        [
+            StepRow(
+                step_id=f"step-{i}",
+                revision=0,
+                session_id=f"session-{steps.sessions[i]}",
+                user_id=f"u{steps.users[i]}",
+                index=0,
+                partition=0,
+                offset=i,
+                event_time_ms=1_700_000_000_000 + i,
+                closed_ms=1_700_000_060_000 + i,
+                arm=ARMS[steps.arms[i]].value,
+                policy_version=1,
+                round=int(steps.rounds[i]),
+                num_candidates=50,
+                shown=c["shown"][i] > 0,
+                behaviours=c["behaviours"][i],
+                rewards=c["rewards"][i],
+                next_id=f"step-{following[i]}" if following[i] >= 0 else None,
+                ended=Ended.HAS_NEXT if following[i] >= 0 else Ended.TERMINATED if following[i] == LEFT else Ended.OPEN,
+                item_ids=tuple(f"i{j}" for j in range(c["shown"].shape[1])),
+                positions=np.where(c["shown"][i] > 0, np.arange(c["shown"].shape[1]), -1).astype(np.int32),
+                states=c["states"][i],
+                categorical=c["categorical"][i],
+                scores=c["scores"][i],
+                actions=c["actions"][i],
+                anchor_actions=c["anchor_actions"][i],
+                fused_scores=np.zeros(c["shown"].shape[1], np.float32),
+            )
+            for i in range(len(steps))
+        ]
+    )
