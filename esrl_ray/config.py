@@ -233,6 +233,7 @@ class LearnerConfig(Section):
     level: Literal["pair", "request"] = Field(
         "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."
     )
+    actor: Literal["mlp", "ple"] = Field("mlp", description="Shape of the actor: layers, or experts and a tower for each score.")
     actor_loss: Literal["listwise", "printed"] = Field(
         "listwise", description="`printed` is Eq. (4); `listwise` is our default (docs/paper.md)."
     )

@@ -26,8 +26,41 @@ START_SCALE = 0.01
 Level = Literal["pair", "request"]
 """What an actor sees: the enhanced state of a pair, or only what all pairs of a request share (user and context)."""
 
+ActorShape = Literal["mlp", "ple"]
 
-class PairNetwork(nn.Module):
+
+class _Inputs(nn.Module):
+    """The input of a network on pairs: numeric columns and embedded codes.
+
+    Args:
+        spec: Widths F, k and C.
+        embedding_size: Width of each categorical feature's embedding.
+        level: `request` takes those of user and context only, so that all pairs of a request get the same result.
+    """
+
+    def __init__(self, spec: Spec, embedding_size: int, level: Level) -> None:
+        super().__init__()
+        whole = level == "pair"
+        self._columns = None if whole else list(spec.request_inputs)
+        self._codes = list(range(spec.num_categorical)) if whole else list(spec.request_codes)
+        self.embeddings = nn.ModuleList(nn.Embedding(spec.categorical_features[c].cardinality, embedding_size) for c in self._codes)
+        num_inputs = spec.num_features + spec.num_scores if whole else len(spec.request_inputs)
+        self.width = num_inputs + embedding_size * len(self._codes)
+
+    def gather(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        """(..., width) of numeric (..., F + k) and categorical (..., C)."""
+        x = numeric if self._columns is None else numeric[..., self._columns]
+        return torch.cat([x, *(table(categorical[..., c]) for c, table in zip(self._codes, self.embeddings, strict=True))], dim=-1)
+
+    def _fold(self, layer: nn.Module, old: Normaliser, new: Normaliser) -> None:
+        """Change a first layer so that its function of the raw input stays the same under the new normaliser."""
+        assert isinstance(layer, nn.Linear)
+        if self._columns is not None:
+            old, new = old.take(self._columns), new.take(self._columns)
+        layer.weight.T[:], layer.bias[:] = _folded(layer.weight.T, layer.bias, old, new)
+
+
+class PairNetwork(_Inputs):
     """An MLP on one pair's enhanced state, shared over the candidates.
 
     Args:
@@ -35,18 +68,12 @@ class PairNetwork(nn.Module):
         hidden_sizes: Widths of the hidden layers.
         embedding_size: Width of each categorical feature's embedding.
         num_outputs: Width of the result.
-        level: `request` reads the inputs of user and context only, so that all pairs of a request get the same result.
+        level: What it sees.
     """
 
     def __init__(self, spec: Spec, hidden_sizes: Sequence[int], embedding_size: int, *, num_outputs: int, level: Level = "pair") -> None:
-        super().__init__()
-        whole = level == "pair"
-        self._columns = None if whole else list(spec.request_inputs)
-        self._codes = list(range(spec.num_categorical)) if whole else list(spec.request_codes)
-        self.embeddings = nn.ModuleList(nn.Embedding(spec.categorical_features[c].cardinality, embedding_size) for c in self._codes)
-        num_inputs = spec.num_features + spec.num_scores if whole else len(spec.request_inputs)
-        widths = [num_inputs + embedding_size * len(self._codes), *hidden_sizes, num_outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        super().__init__(spec, embedding_size, level)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise([self.width, *hidden_sizes, num_outputs]))
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         """Results of pairs.
@@ -58,8 +85,7 @@ class PairNetwork(nn.Module):
         Returns:
             (..., num_outputs).
         """
-        x = numeric if self._columns is None else numeric[..., self._columns]
-        x = torch.cat([x, *(table(categorical[..., c]) for c, table in zip(self._codes, self.embeddings, strict=True))], dim=-1)
+        x = self.gather(numeric, categorical)
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
         result: torch.Tensor = self.layers[-1](x)
@@ -68,11 +94,7 @@ class PairNetwork(nn.Module):
     @torch.no_grad()
     def fold(self, old: Normaliser, new: Normaliser) -> None:
         """Change the first layer so that the function of the raw input stays the same under the new normaliser."""
-        if self._columns is not None:
-            old, new = old.take(self._columns), new.take(self._columns)
-        first = self.layers[0]
-        assert isinstance(first, nn.Linear)
-        first.weight.T[:], first.bias[:] = _folded(first.weight.T, first.bias, old, new)
+        self._fold(self.layers[0], old, new)
 
 
 class Actor(PairNetwork):
@@ -89,6 +111,73 @@ class Actor(PairNetwork):
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         """Actions of pairs (..., A); arguments as `PairNetwork.forward`."""
         return torch.tanh(super().forward(numeric, categorical))
+
+    @torch.no_grad()
+    def make_constant(self, action: torch.Tensor) -> None:
+        """Give every pair the action (A,): the last layer forgets its input."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.zero_()
+        last.bias.copy_(_logits(action))
+
+
+class PleActor(_Inputs):
+    """mu(s) with the experts of PLE (Tang et al. 2020; one extraction level, our reading of "PLE-like"): a task per upstream score.
+
+    Task i mixes shared experts and its own by a gate on the input, and its tower gives the power and the bias of score i. Starts at the
+    control policy a = 0.
+
+    Args:
+        spec: Widths F, k and C.
+        hidden_sizes: Width of an expert, then those of a tower's hidden layer (one more number; the same when there is none).
+        embedding_size: Width of each categorical feature's embedding.
+        level: What it sees.
+    """
+
+    SHARED, OWN = 4, 1
+    """Experts that all tasks share, and experts of each task."""
+
+    def __init__(self, spec: Spec, hidden_sizes: Sequence[int], embedding_size: int, *, level: Level = "pair") -> None:
+        super().__init__(spec, embedding_size, level)
+        self._k, self._h = spec.num_scores, hidden_sizes[0]
+        self.experts = nn.Linear(self.width, (self.SHARED + self._k * self.OWN) * self._h)
+        self.gates = nn.Linear(self.width, self._k * (self.SHARED + self.OWN))
+        self.tower = nn.Parameter(_uniform(self._k, self._h, hidden_sizes[-1], fan_in=self._h))
+        self.tower_bias = nn.Parameter(torch.zeros(self._k, hidden_sizes[-1]))
+        self.ends = nn.Parameter(START_SCALE * _uniform(self._k, hidden_sizes[-1], 2, fan_in=hidden_sizes[-1]))
+        self.end_bias = nn.Parameter(torch.zeros(self._k, 2))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        """Actions of pairs (..., A); arguments as `PairNetwork.forward`."""
+        x = self.gather(numeric, categorical)
+        lead = x.shape[:-1]
+        experts = torch.relu(self.experts(x)).view(*lead, -1, self._h)  # (..., SHARED + k OWN, h)
+        shared, own = experts[..., : self.SHARED, :], experts[..., self.SHARED :, :].reshape(*lead, self._k, self.OWN, self._h)
+        gates = torch.softmax(self.gates(x).view(*lead, self._k, -1), dim=-1)  # (..., k, SHARED + OWN)
+        mixed = torch.matmul(gates[..., : self.SHARED], shared) + (gates[..., self.SHARED :].unsqueeze(-1) * own).sum(-2)  # (..., k, h)
+        hidden = torch.relu(torch.einsum("...kh,khw->...kw", mixed, self.tower) + self.tower_bias)
+        ends = torch.einsum("...kw,kwo->...ko", hidden, self.ends) + self.end_bias  # (..., k, 2): power, bias
+        return torch.tanh(torch.cat([ends[..., 0], ends[..., 1]], dim=-1))
+
+    @torch.no_grad()
+    def fold(self, old: Normaliser, new: Normaliser) -> None:
+        """As `PairNetwork.fold`."""
+        self._fold(self.experts, old, new)
+        self._fold(self.gates, old, new)
+
+    @torch.no_grad()
+    def make_constant(self, action: torch.Tensor) -> None:
+        """As `Actor.make_constant`."""
+        self.ends.zero_()
+        self.end_bias.copy_(_logits(action).view(2, self._k).T)
+
+
+def make_actor(
+    spec: Spec, hidden_sizes: Sequence[int], embedding_size: int, *, level: Level = "pair", shape: ActorShape = "mlp"
+) -> Actor | PleActor:
+    """The actor that the configuration or a manifest names; arguments as `Actor` and `PleActor`."""
+    kind = PleActor if shape == "ple" else Actor
+    return kind(spec, hidden_sizes, embedding_size, level=level)
 
 
 class Critics(nn.Module):
@@ -202,6 +291,7 @@ class Networks(nn.Module):
         embedding_size: Width of a categorical feature's embedding.
         level: What the actor sees.
         split: Critics are `SplitCritics`.
+        actor: Its shape.
     """
 
     mean: torch.Tensor
@@ -218,10 +308,11 @@ class Networks(nn.Module):
         embedding_size: int,
         level: Level = "pair",
         split: bool = False,
+        actor: ActorShape = "mlp",
     ) -> None:
         super().__init__()
         self.spec, self.level = spec, level
-        self.actor = Actor(spec, hidden_sizes, embedding_size, level=level)
+        self.actor = make_actor(spec, hidden_sizes, embedding_size, level=level, shape=actor)
         self.critics: Critics | SplitCritics
         if split:
             self.critics = SplitCritics(spec, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
@@ -299,11 +390,12 @@ class Networks(nn.Module):
 
     @torch.no_grad()
     def set_static_anchor(self, action: Floats) -> None:
-        """Make one action (A,) for all pairs the anchor: the last layer forgets its input."""
-        last = self.anchor.layers[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.zero_()
-        last.bias.copy_(torch.atanh(torch.as_tensor(action).clamp(-1 + 1e-6, 1 - 1e-6)))
+        """Make one action (A,) for all pairs the anchor."""
+        self.anchor.make_constant(torch.as_tensor(action))
+
+
+def _logits(action: torch.Tensor) -> torch.Tensor:
+    return torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
 def _uniform(*shape: int, fan_in: int) -> torch.Tensor:

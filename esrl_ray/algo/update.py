@@ -84,6 +84,7 @@ def make_networks(config: Config) -> Networks:
             embedding_size=learner.embedding_size,
             level=learner.level,
             split=learner.critic == "split",
+            actor=learner.actor,
         )
 
 

@@ -183,7 +183,7 @@ class TrainingLoop:
         algorithm.set_scales(*fit_scales(lists), fold=False)
         anchor = Policy.from_bytes(snapshot.anchor)
         algorithm.set_anchor(anchor)
-        if anchor.manifest.kind is PolicyKind.PAIR:  # policies outlived the checkpoints
+        if anchor.manifest.kind is not PolicyKind.STATIC:  # policies outlived the checkpoints
             algorithm.start_from_anchor()
         self._enter(snapshot, round_from=0 if snapshot.round.number == 0 else sum(self._inserted))
         self._progress.fitted = True
@@ -197,10 +197,11 @@ class TrainingLoop:
         manifest = Manifest(
             version=0,
             digest="",
-            kind=PolicyKind.PAIR,
+            kind=PolicyKind(learner.level),
             spec=self._spec,
             hidden_sizes=learner.hidden_sizes,
             embedding_size=learner.embedding_size,
+            actor=learner.actor,
             lineage=dict(algorithm.lineage),
             parent=progress.version or progress.anchor_version,
             round=progress.round,

@@ -70,6 +70,7 @@ class EnhancedRL:
             spec=self.config.spec.build(),
             hidden_sizes=learner.hidden_sizes,
             embedding_size=learner.embedding_size,
+            actor=learner.actor,
             round=self._round,
             gradient_steps=self.state.gradient_steps,
             note=self.name,

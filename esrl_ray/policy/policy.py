@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from esrl_ray.algo.networks import Actor, PairNetwork
+from esrl_ray.algo.networks import Level, PairNetwork, PleActor, make_actor
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.fusion import fused_scores
 from esrl_ray.normaliser import Normaliser, numeric_input
@@ -48,6 +48,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     spec: Spec
     hidden_sizes: tuple[int, ...] = ()
     embedding_size: int = 0
+    actor: Literal["mlp", "ple"] = "mlp"  # shape of the network that gives weights
     lineage: dict[str, int] = {}  # {worker: commit} that training could draw from
     parent: int = 0  # version it was trained from or copied from
     round: int = 0
@@ -114,18 +115,19 @@ class Policy:
         return blob
 
     @cached_property
-    def network(self) -> PairNetwork:
+    def network(self) -> PairNetwork | PleActor:
         """The network of a policy that has one, in evaluation mode, on the CPU.
 
         Raises:
             PolicyRejected: names or shapes of the parameters do not fit the manifest.
         """
         shape = self.spec, self.manifest.hidden_sizes, self.manifest.embedding_size
-        network: PairNetwork
+        network: PairNetwork | PleActor
         if self.manifest.kind is PolicyKind.SCORE:
             network = PairNetwork(*shape, num_outputs=1)
         else:
-            network = Actor(*shape, level="request" if self.manifest.kind is PolicyKind.REQUEST else "pair")
+            level: Level = "request" if self.manifest.kind is PolicyKind.REQUEST else "pair"
+            network = make_actor(*shape, level=level, shape=self.manifest.actor)
         try:
             network.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self.parameters.items()})
         except RuntimeError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 
-from esrl_ray.algo.networks import Actor, Critics, Networks
+from esrl_ray.algo.networks import Actor, Critics, Networks, PleActor
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.spec import CategoricalFeature, Spec
 
@@ -33,8 +35,9 @@ def _inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, to
     return torch.from_numpy(states), torch.from_numpy(scores), torch.from_numpy(codes), torch.from_numpy(relative)
 
 
-def _loud(actor: Actor) -> None:
+def _loud(actor: Actor | PleActor) -> None:
     """Large last layer, so that differences show."""
+    assert isinstance(actor, Actor)
     last = actor.layers[-1]
     assert isinstance(last, torch.nn.Linear)
     torch.nn.init.normal_(last.weight, 0, 0.3)
@@ -50,12 +53,49 @@ def _normaliser(seed: int) -> Normaliser:
     return Normaliser(rng.normal(2, 3, 5).astype(np.float32), rng.uniform(0.2, 25, 5).astype(np.float32))
 
 
-def test_an_actor_starts_at_the_control_policy() -> None:
+@pytest.mark.parametrize("kind", [Actor, PleActor])
+def test_an_actor_starts_at_the_control_policy(kind: type[Actor] | type[PleActor]) -> None:
     torch.manual_seed(0)
     numeric, codes = torch.randn(50, 5), torch.zeros(50, 2, dtype=torch.int64)
-    actions = Actor(SPEC, (64, 64), 5)(numeric, codes).detach()
+    actions = kind(SPEC, (64, 64), 5)(numeric, codes).detach()
     assert actions.shape == (50, 4)
     assert float(actions.abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("level", ["pair", "request"])
+def test_folding_keeps_the_function_of_a_ple_actor(level: Literal["pair", "request"]) -> None:
+    torch.manual_seed(0)
+    actor, (states, scores, codes, _) = PleActor(SPEC, (16, 8), 5, level=level), _inputs()
+    torch.nn.init.normal_(actor.ends, 0, 0.3)
+    old, new = _normaliser(1), _normaliser(2)
+    raw = torch.from_numpy(numeric_input(states.numpy(), scores.numpy()))
+    before, after = (actor((raw - torch.from_numpy(n.mean)) / torch.from_numpy(n.std), codes) for n in (old, old))
+    assert torch.equal(before, after)
+    actor.fold(old, new)
+    folded = actor((raw - torch.from_numpy(new.mean)) / torch.from_numpy(new.std), codes)
+    assert torch.allclose(before, folded, atol=1e-4)
+    assert float(before.detach().std(0).max()) > 1e-3
+
+
+def test_each_score_of_a_ple_actor_has_its_own_tower_and_expert() -> None:
+    """Tasks differ by gate, expert and tower: the gradient of score 0's power and bias reaches nothing that belongs to score 1 alone."""
+    torch.manual_seed(0)
+    actor = PleActor(SPEC, (6, 4), 5)
+    actor(torch.randn(9, 5), torch.zeros(9, 2, dtype=torch.int64))[:, [0, 2]].sum().backward()
+    assert actor.tower.grad is not None and actor.experts.weight.grad is not None
+    assert actor.tower.grad[0].any() and not actor.tower.grad[1].any()
+    per_expert = actor.experts.weight.grad.view(PleActor.SHARED + 2, 6, -1).abs().amax((1, 2))
+    assert bool((per_expert[: PleActor.SHARED + 1] > 0).all()) and float(per_expert[-1]) == 0
+
+
+def test_an_actor_of_requests_gives_all_pairs_of_a_request_the_same_action() -> None:
+    torch.manual_seed(0)
+    for kind in (Actor, PleActor):
+        actor = kind(SPEC, (16, 8), 5, level="request")
+        numeric, codes = torch.randn(7, 5), torch.randint(0, 4, (7, 2))
+        numeric[:, 0], codes[:, 0] = 0.3, 2  # the user's feature and the context's code
+        actions = actor(numeric, codes)
+        assert torch.allclose(actions, actions[:1].expand_as(actions), rtol=1e-5)
 
 
 def test_an_actor_reads_any_leading_shape() -> None:
