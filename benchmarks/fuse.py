@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config, ServeConfig, SpecConfig
 from esrl_ray.exploration import arm_of
 from esrl_ray.normaliser import Normaliser

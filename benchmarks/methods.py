@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from esrl_ray.simulation.oracle import oracles
 
 from benchmarks.methods_report import write_report
 from benchmarks.methods_rows import CONTROL, METHODS, ORACLES, Point, Row
@@ -29,7 +30,6 @@ from esrl_ray.evaluation.arms import clustered_mean
 from esrl_ray.evaluation.frozen import UNSEEN, play
 from esrl_ray.methods.catalogue import create_method
 from esrl_ray.policy.policy import Policy
-from esrl_ray.simulation.oracle import oracles
 from esrl_ray.simulation.rounds import learn_online
 
 ROOT = Path(__file__).parents[1]

@@ -31,13 +31,13 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
     lines = [
         "# Methods in simulated worlds",
         "",
-        f"Reward per session of the policy after {rows[0].num_steps:,} list requests, frozen, without noise, on 2,000 unseen sessions with common random numbers. "
-        f"Intervals are 95 % t intervals over training seeds. Share = (reward - control) / (observed-features oracle - control), by world. "
-        f"Worlds {', '.join(map(str, worlds))}; commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. Written by `make bench-methods`.",
+        f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen and without noise on 2,000 unseen sessions "
+        "with common random numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Share = "
+        "(reward - control) / (observed-features oracle - control), by world.",
+        f"Worlds {', '.join(map(str, worlds))}; commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. "
+        "Written by `make bench-methods`.",
         "",
-        "| method | runs | "
-        + " | ".join(f"world {w}" for w in worlds)
-        + " | all | share of oracle | pages | watch s | gradient steps | seconds |",
+        f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | share | pages | watch s | gradient steps | seconds |",
         "|---|---|" + "---|" * (len(worlds) + 6),
     ]
     control, oracle = _reference(rows, CONTROL), _reference(rows, "oracle-observed")
@@ -45,13 +45,11 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
     for name in order:
         mine = [row for row in rows if row.method == name]
         cells = [_cell([row.reward for row in mine if row.world == w]) for w in worlds]
-        shares = [
-            (r.reward - control[r.world]) / (oracle[r.world] - control[r.world]) for r in mine if r.world in control and r.world in oracle
-        ]
-        lines.append(
-            f"| {name} | {len(mine)} | {' | '.join(cells)} | {_cell([r.reward for r in mine])} | {_cell([100 * s for s in shares], '%')} | "
-            f"{np.mean([r.pages for r in mine]):.1f} | {np.mean([r.watch_s for r in mine]):.0f} | {np.mean([r.gradient_steps for r in mine]):,.0f} | {np.mean([r.seconds for r in mine]):.0f} |"
-        )
+        shares = [(r.reward - control[r.world]) / (oracle[r.world] - control[r.world]) for r in mine if r.world in control.keys() & oracle]
+        cells += [_cell([r.reward for r in mine]), _cell([100 * s for s in shares], "%")]
+        cells += [f"{np.mean([r.pages for r in mine]):.1f}", f"{np.mean([r.watch_s for r in mine]):.0f}"]
+        cells += [f"{np.mean([r.gradient_steps for r in mine]):,.0f}", f"{np.mean([r.seconds for r in mine]):.0f}"]
+        lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     lines += ["", f"![learning curves]({stem.name}.svg)", ""]
     lines += [f"- **{name}**: {METHODS[name].what}" for name in order if name in METHODS]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -59,10 +57,9 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
 
 
 def _reference(rows: Sequence[Row], name: str) -> dict[int, float]:
-    return {
-        world: float(np.mean([r.reward for r in rows if r.method == name and r.world == world]))
-        for world in {r.world for r in rows if r.method == name}
-    }
+    """Mean reward of a method by world."""
+    mine = [row for row in rows if row.method == name]
+    return {world: float(np.mean([r.reward for r in mine if r.world == world])) for world in {r.world for r in mine}}
 
 
 def _cell(values: Sequence[float], unit: str = "") -> str:

@@ -221,12 +221,12 @@ class ReplayConfig(Section):
 class LearnerConfig(Section):
     """EnhancedRL's losses and optimisers (paper symbols in brackets)."""
 
-    gamma: float = Field(0.9, ge=0, lt=1, description="Discount [gamma].")
-    critics_per_group: Positive = Field(2, description="Critics in each reward group [m].")
+    gamma: float = Field(0.98, ge=0, lt=1, description="Discount [gamma].")
+    critics_per_group: Positive = Field(3, description="Critics in each reward group, or of each kind with critic split [m].")
     hidden_sizes: tuple[Positive, ...] = Field((64, 64), min_length=1, description="Widths of actor and critics.")
     embedding_size: Positive = Field(8, description="Width of a categorical feature's embedding.")
     critic: Literal["list_sum", "per_pair", "split"] = Field(
-        "list_sum", description="TD on the sum over the list (the paper), per pair (ablation), or reward and long-term value apart."
+        "split", description="Reward and long-term value apart, TD on the sum over the list (the paper), or per pair (ablation)."
     )
     trace: float = Field(0.5, ge=0, le=1, description="Trace of lambda-returns; critic split [lambda].")
     horizon: Positive = Field(10, description="Next lists of the session in lambda-returns; critic split [H].")
@@ -244,7 +244,7 @@ class LearnerConfig(Section):
     continuous_penalty: bool = Field(False, description="Subtract 1 outside, so that the penalty does not jump at the bound.")
     phi: bool = Field(False, description="Discount next values of actions outside the bounds [phi]; fragile, watch the critic loss.")
     critic_lr: float = Field(1e-3, gt=0, description="Adam step of the critics.")
-    actor_lr: float = Field(3e-4, gt=0, description="Adam step of the actor.")
+    actor_lr: float = Field(1e-3, gt=0, description="Adam step of the actor.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of actor and of critics.")
     soft_update: float = Field(0.08, gt=0, le=1, description="Polyak step of the targets [tau].")
     soft_update_every: Positive = Field(15, description="Gradient steps between soft updates.")
@@ -273,8 +273,8 @@ class LearnerConfig(Section):
 class ExplorationConfig(Section):
     """Bounded exploration, arms and rounds [mu_bp, lower, upper]."""
 
-    low: float = Field(-0.15, lt=0, description="Lower bound around the anchor's action.")
-    high: float = Field(0.15, gt=0, description="Upper bound around the anchor's action.")
+    low: float = Field(-0.3, lt=0, description="Lower bound around the anchor's action.")
+    high: float = Field(0.3, gt=0, description="Upper bound around the anchor's action.")
     scope: Literal["pair", "request"] = Field("pair", description="One noise draw per pair or per request.")
     round_steps: Positive = Field(5_000, description="Inserted steps per round of progressive training.")
     warmup_steps: Positive = Field(2_000, description="Steps that the first normaliser is fitted on; control serves until then.")

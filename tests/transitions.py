@@ -8,7 +8,9 @@ from esrl_ray.config import Config
 from esrl_ray.vocabulary import TransitionBatch
 
 
-def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size: int | None = None, horizon: int = 0) -> TransitionBatch:
+def make_transitions(
+    config: Config, num_steps: int, *, seed: int = 0, list_size: int | None = None, horizon: int | None = None
+) -> TransitionBatch:
     """Lists of different length in shuffled places, padding filled with garbage, some sessions ended, actions explored around 0.1.
 
     Args:
@@ -16,8 +18,10 @@ def make_transitions(config: Config, num_steps: int, *, seed: int = 0, list_size
         num_steps: B.
         seed: Of everything.
         list_size: Shown pairs of every list; by default 1 to the configured size.
-        horizon: H > 0 adds the `future_*` columns: sessions that end, by the user or unknown, after up to H lists.
+        horizon: H > 0 adds the `future_*` columns: sessions that end, by the user or unknown, after up to H lists; by default
+            as the configuration needs.
     """
+    horizon = config.learner.num_future if horizon is None else horizon
     spec, rng, g = config.spec.build(), np.random.default_rng(seed), config.max_pairs
     f, k, a, q = spec.num_features, spec.num_scores, spec.num_actions, config.reward.num_groups
     cardinalities = np.array([c.cardinality for c in spec.categorical_features], np.int64)

@@ -1,4 +1,4 @@
-"""`esrl train`: the learner on a running Ray cluster, usually under `ray job submit`."""
+"""`esrl train`: the learner on a running Ray cluster, usually under `ray job submit`; with `--log`, learning from a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import ray
 
 from esrl_ray.actors import NAMESPACE
 from esrl_ray.cli import learning
-from esrl_ray.config import load_config
+from esrl_ray.config import Config, load_config
 from serve.deployment import policy_store
 
 
@@ -26,14 +26,69 @@ def stop_on_signals() -> threading.Event:
 @click.command()
 @click.option("--config", "path", default="configs/online.yaml", show_default=True, help="YAML of the deployment.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. learner.gamma=0.95.")
-@click.option("--address", default="auto", show_default=True, help="Ray cluster.")
-@click.option("--gradient-steps", type=click.IntRange(min=1), help="Stop after so many; default: until a signal.")
-def train(path: str, overrides: tuple[str, ...], address: str, gradient_steps: int | None) -> None:
-    """Learn from the replay shards and publish policies, until SIGTERM.
+@click.option("--address", help="Ray cluster. Default: $RAY_ADDRESS; else, online, the one that runs here, and offline a local one.")
+@click.option("--steps", "--gradient-steps", "gradient_steps", type=click.IntRange(min=1), help="Stop after so many gradient steps.")
+@click.option("--log", help="Learn offline from this log: a run's folder, a step log, or Parquet.")
+@click.option("--method", help="Offline: what learns.  [default: enhancedrl]")
+@click.option("--seed", type=click.IntRange(min=0), help="Offline: of parameters and sampling.  [default: learner.seed]")
+@click.option("--out", help="Offline: folder of checkpoints and policy.  [default: <run.dir>/offline/<method>]")
+@click.option("--as-of", multiple=True, metavar="[WORKER=]N", help="Offline: read the step log up to this commit of a worker, or of all.")
+@click.option("--resume", is_flag=True, help="Offline: go on from the newest checkpoint in the folder.")
+@click.pass_context
+def train(
+    context: click.Context,
+    *,
+    path: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    gradient_steps: int | None,
+    log: str | None,
+    method: str | None,
+    seed: int | None,
+    out: str | None,
+    as_of: tuple[str, ...],
+    resume: bool,
+) -> None:
+    """Learn: online from a running loop, or offline from a log.
 
-    Resumes from the run's newest whole checkpoint.
+    Online, without --log: learn from the replay shards and publish policies, until SIGTERM or --steps; resumes from the run's newest whole
+    checkpoint.
+
+    Offline, with --log PATH: train one method on a step log (a run's folder, or its log/<digest>) or on Parquet, and save a policy in
+    OUT/policy. EnhancedRL and its variants learn through RLlib, on learner.num_learners learners, with checkpoints: after a kill the same
+    command with --resume goes on to the same result. Without --steps there are replay.samples_per_insert x steps / learner.batch_size of
+    them.
+
+    \b
+    Parquet needs these columns; P = pairs of the step, lists flattened pair by pair:
+      step_id, session_id, user_id  string
+      event_time_ms                 int64         of the request; sessions need not stand together
+      round                         int32         of progressive training, 0 if there are none
+      arm                           string        explore, exploit or control
+      ended                         string        has_next, terminated (the user left), truncated or open
+      next_id                       string        step_id of the session's next list, else null
+      shown                         list<bool>    P        the user saw the pair
+      states                        list<float>   P x F    user | item | context features, in the order of the spec
+      categorical                   list<int32>   P x C    codes; empty lists when there are none
+      scores                        list<float>   P x k    upstream scores
+      actions, anchor_actions       list<float>   P x 2k   what was done, and the anchor's, in [-1, 1]
+      behaviours                    list<float>   P x number of reward.behaviours
+      rewards                       list<float>   P x q    one per reward group
     """
     config = load_config(path, overrides, environment=os.environ)
+    if log is not None:
+        from esrl_ray.cli.offline import Offline, train_offline  # all methods: seconds of imports
+
+        asked = Offline(log, method or "enhancedrl", as_of, seed, gradient_steps, out, resume, address)
+        train_offline(config, asked, stop_on_signals=stop_on_signals)
+        return
+    given = {"--method": method, "--seed": seed, "--out": out, "--as-of": as_of, "--resume": resume}
+    if offline_only := [name for name, value in given.items() if value not in (None, (), False)]:
+        raise click.UsageError(f"{offline_only[0]} is for learning offline: name the log with --log", context)
+    _online(config, address or "auto", gradient_steps)
+
+
+def _online(config: Config, address: str, gradient_steps: int | None) -> None:
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     stop = stop_on_signals()
     loop = learning.training_loop(config, policy_store(config), learning.replay_shards(config))

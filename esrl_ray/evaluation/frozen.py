@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from esrl_ray.evaluation.report import Interval
 from esrl_ray.policy.policy import Policy
 from esrl_ray.reward import rewards_of
 from esrl_ray.simulation.draws import Doubles
-from esrl_ray.simulation.users import World
+from esrl_ray.simulation.users import Page, Sessions, World
 
 MAX_PAGES = 300
 """A session that is still running then is cut off: about one in a million under control."""
@@ -21,22 +22,30 @@ UNSEEN = 1_000_003
 """Added to the traffic's seed, so that no session of the run is met again."""
 
 
+class Scorer(Protocol):
+    """Ranks pages by whatever it likes, the truth included: an oracle."""
+
+    def score(self, page: Page, sessions: Sessions) -> Doubles:
+        """(n, N) scores of the candidates of n sessions; the largest are shown."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class FrozenResult:
     """One policy on the common sessions."""
 
-    version: int
+    version: int  # 0 for a scorer
     reward: Interval  # per session
     difference: Interval  # to the first policy, paired
     pages: float  # per session
     watch_s: float  # per session
 
 
-def play(policy: Policy, config: Config, *, seed: int, sessions: int) -> tuple[Doubles, Doubles, Doubles]:
+def play(policy: Policy | Scorer, config: Config, *, seed: int, sessions: int) -> tuple[Doubles, Doubles, Doubles]:
     """Let one policy serve sessions to their end.
 
     Args:
-        policy: Serves every list, without noise.
+        policy: Serves every list, without noise; or an oracle.
         config: World, reward, list size.
         seed: Of the sessions' draws.
         sessions: How many.
@@ -51,7 +60,10 @@ def play(policy: Policy, config: Config, *, seed: int, sessions: int) -> tuple[D
     for _ in range(MAX_PAGES):
         part = running.take(alive)
         page = world.candidates(part)
-        _, fused = policy.fuse(page.states(), np.zeros((*page.items.shape, 0), np.int32), page.scores)
+        if isinstance(policy, Policy):
+            _, fused = policy.fuse(page.states(), np.zeros((*page.items.shape, 0), np.int32), page.scores)
+        else:
+            fused = policy.score(page, part)
         top = np.argsort(-fused, axis=1, kind="stable")[:, : config.serve.list_size]
         behaviours, left = world.respond(part, np.take_along_axis(page.items, top, axis=1))
         running.put(alive, part)
@@ -64,7 +76,7 @@ def play(policy: Policy, config: Config, *, seed: int, sessions: int) -> tuple[D
     return reward, pages, watch
 
 
-def evaluate_frozen(policies: Sequence[Policy], config: Config, *, seed: int, sessions: int) -> list[FrozenResult]:
+def evaluate_frozen(policies: Sequence[Policy | Scorer], config: Config, *, seed: int, sessions: int) -> list[FrozenResult]:
     """Play every policy on the same sessions.
 
     Args:
@@ -83,5 +95,6 @@ def evaluate_frozen(policies: Sequence[Policy], config: Config, *, seed: int, se
         first = reward if first is None else first
         mean = Interval.of(*clustered_mean(reward, users), sessions)
         difference = Interval.of(*clustered_mean(reward - first, users), sessions)
-        results.append(FrozenResult(policy.version, mean, difference, float(pages.mean()), float(watch.mean())))
+        version = policy.version if isinstance(policy, Policy) else 0
+        results.append(FrozenResult(version, mean, difference, float(pages.mean()), float(watch.mean())))
     return results

@@ -85,6 +85,11 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
         if isinstance(self.offline_data, LoggedSteps):
             self.draw_from_steps(self.offline_data.steps)
 
+    def _setup_logdir(self) -> None:
+        """A trial of Tune keeps its folder; else there is none, where the stock one leaves an empty one in the home folder each time."""
+        if self._storage:
+            super()._setup_logdir()
+
     def draw_from(self, shards: Sequence[ActorHandle]) -> None:
         """Take batches from these replay shards. Handles are not part of the configuration: a checkpoint must not hold them."""
         self._feed = BatchFeed(shards, self.config.train_batch_size_per_learner, max(1, self.config.num_learners))

@@ -16,9 +16,8 @@ import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
-from torch import nn
 
-from esrl_ray.algo.networks import Actor, Networks
+from esrl_ray.algo.networks import Networks
 from esrl_ray.algo.update import make_networks
 from esrl_ray.config import Config
 
@@ -29,17 +28,16 @@ INFERENCE = ("actor", "mean", "std")
 """What of `Networks` decides: the actor and the normaliser of its input."""
 
 
-class ActorNetworks(Networks):
-    """The part of `Networks` that decides, under the same names: nothing else is built."""
-
-    def __init__(self, config: Config) -> None:
-        nn.Module.__init__(self)
-        spec, learner = config.spec.build(), config.learner
-        self.spec, self.level = spec, learner.level
-        with torch.random.fork_rng(devices=[]):
-            self.actor = Actor(spec, learner.hidden_sizes, learner.embedding_size, level=learner.level)
-        self.register_buffer("mean", torch.zeros(spec.num_features + spec.num_scores))
-        self.register_buffer("std", torch.ones(spec.num_features + spec.num_scores))
+def make_actor_networks(config: Config) -> Networks:
+    """`make_networks`, of which only what decides takes memory; the actor is zero, the control policy, until it is loaded."""
+    with torch.device("meta"):
+        networks = make_networks(config)
+    for name in {key.partition(".")[0] for key in networks.state_dict()}.difference(INFERENCE):
+        delattr(networks, name)
+    networks.to_empty(device="cpu")
+    for name, tensor in networks.state_dict().items():
+        tensor.fill_(1.0 if name == "std" else 0.0)
+    return networks
 
 
 class EnhancedRLModule(TorchRLModule, InferenceOnlyAPI):  # type: ignore[misc]  # RLlib is untyped
@@ -50,7 +48,7 @@ class EnhancedRLModule(TorchRLModule, InferenceOnlyAPI):  # type: ignore[misc]  
     Args:
         observation_space: RLlib's; not used.
         action_space: RLlib's; not used.
-        inference_only: Build only what decides (`ActorNetworks`).
+        inference_only: Build only what decides (`make_actor_networks`).
         learner_only: RLlib's.
         model_config: {`DEPLOYMENT`: Config}.
         catalog_class: RLlib's; not used.
@@ -79,7 +77,7 @@ class EnhancedRLModule(TorchRLModule, InferenceOnlyAPI):  # type: ignore[misc]  
         """Build the networks from the deployment's configuration."""
         deployment = self.model_config[DEPLOYMENT]
         assert isinstance(deployment, Config)
-        self.networks = ActorNetworks(deployment) if self.inference_only else make_networks(deployment)
+        self.networks = make_actor_networks(deployment) if self.inference_only else make_networks(deployment)
 
     def get_non_inference_attributes(self) -> list[str]:
         """Everything of `Networks` but `INFERENCE`."""

@@ -32,7 +32,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.offline_input import LoggedRequests, to_records, write_records

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from esrl_ray.algo import bcq, td3
+from esrl_ray.algo.actor import START_SCALE, Actor
 from esrl_ray.algo.losses import soft_update
-from esrl_ray.algo.networks import START_SCALE, Actor, Critics
+from esrl_ray.algo.networks import Critics
 from esrl_ray.config import Config
 from esrl_ray.methods.method import Exploration
 from esrl_ray.methods.request_level import RequestBatch, RequestRounds, Requests, minimise

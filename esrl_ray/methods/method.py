@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from esrl_ray.errors import MethodError
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import Steps
+from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Floats
 
 
@@ -45,3 +47,23 @@ class Method(Protocol):
         Raises:
             MethodError: the steps cannot be learnt from (too few, another spec, no exploration).
         """
+
+
+def require(steps: Steps, spec: Spec, method: str) -> None:
+    """Refuse steps that a method of this spec cannot learn from; every `fit` begins with it.
+
+    Args:
+        steps: Given to `fit`.
+        spec: Of the method.
+        method: Its name, for the text.
+
+    Raises:
+        MethodError: there are no steps, or they are of another width.
+    """
+    if not len(steps):
+        raise MethodError("there are no steps to learn from", method, "give a log with at least one whole session")
+    widths = {"states": spec.num_features, "categorical": spec.num_categorical, "scores": spec.num_scores, "actions": spec.num_actions}
+    for name, width in widths.items():
+        if (found := steps.columns[name].shape[-1]) != width:
+            text = f"{name} of the steps are {found} wide, spec {spec.digest} says {width}"
+            raise MethodError(text, method, "give steps and configuration of the same deployment")

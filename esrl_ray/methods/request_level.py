@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.methods.method import Exploration

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from esrl_ray.algo import td3
+from esrl_ray.algo.actor import Actor
 from esrl_ray.algo.losses import soft_update
-from esrl_ray.algo.networks import Actor, Critics
+from esrl_ray.algo.networks import Critics
 from esrl_ray.config import Config
 from esrl_ray.methods.method import Exploration
 from esrl_ray.methods.request_level import RequestBatch, RequestRounds, minimise

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from esrl_ray.algo.networks import Level, PairNetwork, PleActor, make_actor
+from esrl_ray.algo.actor import Level, PairNetwork, PleActor, make_actor
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.fusion import fused_scores
 from esrl_ray.normaliser import Normaliser, numeric_input

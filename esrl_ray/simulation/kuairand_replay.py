@@ -126,6 +126,11 @@ class KuaiRandInput:
         names = [b.name for b in self._config.reward.behaviours]
         return [(item, name, float(v)) for item in item_ids for name, v in zip(names, self._behaviours[rows[item]], strict=True) if v > 0]
 
+    def logged(self, rows: npt.NDArray[np.int64]) -> Floats:
+        """(len(rows), num_behaviours) what was logged for exposures, as the configuration orders behaviours."""
+        found: Floats = self._behaviours[rows].astype(np.float32)
+        return found
+
     def test_pairs(self) -> LabelledPairs:
         """All exposures of the last block, which no request has."""
         return self.pairs(np.flatnonzero(self._x.block == self.log.num_blocks - 1))

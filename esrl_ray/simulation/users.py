@@ -26,6 +26,8 @@ ITEM_FEATURES = ("duration", "age", "pop", "quality_proxy", "bait_proxy", "fatig
 BEHAVIOURS = ("click", "watch_s", "like", "comment", "forward", "dislike")
 NUM_CATEGORIES, LATENT, POOL = 12, 8, 200
 POOL_FROM, EMA, VALID_S, WATCH_CAP_S = 1500, 0.7, 10.0, 240.0
+WATCH_SD, SKIM_S = 0.8, 2.0
+"""Of log-watch; and the median of the seconds that are watched without a click."""
 _POOL, _CANDIDATE, _SCORE, _EXAMINE, _CLICK, _WATCH, _SKIP, _LIKE, _COMMENT, _FORWARD, _DISLIKE, _LEAVE, _MOOD = range(13)
 _OUTCOMES = np.arange(_EXAMINE, _DISLIKE + 1)
 
@@ -76,6 +78,19 @@ class Page:
         user = np.broadcast_to(self.user_features[:, None], (n, num, len(USER_FEATURES)))
         context = np.broadcast_to(self.context_features[:, None], (n, num, len(CONTEXT_FEATURES)))
         return np.concatenate([user, self.item_features, context], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What (n, K) pairs would bring, if the user looked at them."""
+
+    click: Doubles  # probability, as all but two
+    log_watch: Doubles  # mean of the log of the seconds watched after a click
+    like: Doubles
+    comment: Doubles
+    forward: Doubles
+    dislike: Doubles
+    gain: Doubles  # g, the effect on satisfaction: s <- .85 s + .3 mean g
 
 
 class World:
@@ -181,6 +196,27 @@ class World:
             scores.astype(np.float32),
         )
 
+    def truth(self, sessions: Sessions, items: Indices) -> Truth:
+        """What the next page's pairs of n sessions would bring. Nothing is drawn.
+
+        Args:
+            sessions: n of them.
+            items: (n, K).
+        """
+        fatigue = np.take_along_axis(sessions.fatigue, self._category[items], axis=1)
+        users = sessions.users[:, None]
+        logits = self._truth(users, items, fatigue, sessions.satisfaction[:, None])
+        pref, q, b = self._pref(users, items), self._item[items][..., 3], self._item[items][..., 4]
+        return Truth(
+            sigmoid(logits[..., 0]),
+            logits[..., 2],
+            sigmoid(logits[..., 3]),
+            sigmoid(logits[..., 4]),
+            sigmoid(-9.2 + 0.8 * pref + 0.5 * q),
+            sigmoid(-6.9 + 0.9 * b - 0.6 * pref),
+            0.35 * (pref - 1) + 0.3 * q - 0.75 * b - 0.5 * fatigue,
+        )
+
     def respond(self, sessions: Sessions, shown: Indices) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """What users do with the lists they are shown; their sessions move on by one page.
 
@@ -191,25 +227,20 @@ class World:
         Returns:
             (n, l, 6) behaviours in the order of `BEHAVIOURS`, (n,) whether the user leaves after this page.
         """
-        ids, page, users = sessions.ids[:, None], sessions.page[:, None], sessions.users[:, None]
-
-        fatigue = np.take_along_axis(sessions.fatigue, self._category[shown], axis=1)
-        truth = self._truth(users, shown, fatigue, sessions.satisfaction[:, None])
-        pref, item = self._pref(users, shown), self._item[shown]
-        q, b = item[..., 3], item[..., 4]
+        ids, page = sessions.ids[:, None], sessions.page[:, None]
+        truth = self.truth(sessions, shown)
         chances = np.moveaxis(uniform(self._seed, ids[..., None], page[..., None], shown[..., None], _OUTCOMES), -1, 0)
         look, tap, longer, glance, liking, saying, passing, disliking = chances  # (n, l) each
         examined = look < 1 - 0.06 * np.arange(shown.shape[1])
-        click = examined & (tap < sigmoid(truth[..., 0]))
-        watch = np.exp(truth[..., 2] + 0.8 * normal_from(longer))
-        skim = 2 * np.exp(0.8 * normal_from(glance))
+        click = examined & (tap < truth.click)
+        watch = np.exp(truth.log_watch + WATCH_SD * normal_from(longer))
+        skim = SKIM_S * np.exp(WATCH_SD * normal_from(glance))
         watch = np.minimum(np.where(click, watch, np.where(examined, skim, 0.0)), WATCH_CAP_S)
-        like = examined & (liking < sigmoid(truth[..., 3]))
-        comment = examined & (saying < sigmoid(truth[..., 4]))
-        forward = examined & (passing < sigmoid(-9.2 + 0.8 * pref + 0.5 * q))
-        dislike = examined & (disliking < sigmoid(-6.9 + 0.9 * b - 0.6 * pref))
-        g = 0.35 * (pref - 1) + 0.3 * q - 0.75 * b - 0.5 * fatigue
-        sessions.satisfaction = np.clip(0.85 * sessions.satisfaction + 0.3 * g.mean(1), -3, 3)
+        like = examined & (liking < truth.like)
+        comment = examined & (saying < truth.comment)
+        forward = examined & (passing < truth.forward)
+        dislike = examined & (disliking < truth.dislike)
+        sessions.satisfaction = np.clip(0.85 * sessions.satisfaction + 0.3 * truth.gain.mean(1), -3, 3)
         exposed = np.zeros_like(sessions.fatigue)
         np.add.at(exposed, (np.arange(len(shown))[:, None], self._category[shown]), 1.0)
         sessions.fatigue = EMA * sessions.fatigue + (1 - EMA) * exposed

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.normaliser import Normaliser

@@ -25,7 +25,7 @@ import torch
 from ray.actor import ActorHandle
 
 from esrl_ray.actors import NAMESPACE
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.cli import watchdog
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import RequestError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import CategoricalConfig, Config, ServeConfig, SpecConfig
 from esrl_ray.exploration import arm_of, exploration_noise
 from esrl_ray.normaliser import Normaliser

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config, PolicyConfig, SpecConfig
 from esrl_ray.evaluation.gate import distance, judge
 from esrl_ray.normaliser import Normaliser

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.algo.networks import Actor, Critics, Networks, PleActor
+from esrl_ray.algo.actor import Actor, PleActor
+from esrl_ray.algo.networks import Critics, Networks
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.spec import CategoricalFeature, Spec
 

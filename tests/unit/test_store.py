@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.algo.networks import Actor
+from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config, SpecConfig
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.normaliser import Normaliser
