@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from esrl_ray.config import Config
@@ -9,8 +10,14 @@ from esrl_ray.errors import MethodError
 from esrl_ray.methods.batchrl import BatchRL
 from esrl_ray.methods.enhancedrl import EnhancedRL
 from esrl_ray.methods.method import Method
+from esrl_ray.methods.search import SearchSettings, VectorSearch
+from esrl_ray.methods.searchers import Cem, CmaEs, MakeSearcher, OptunaTpe
 from esrl_ray.methods.static import Static
+from esrl_ray.methods.supervised import Supervised, SupervisedWeights
 from esrl_ray.methods.td3 import TD3_BC, Td3
+
+Make = Callable[[str, Config, int], Method]
+"""A method from its name, a deployment and a seed."""
 
 ENHANCEDRL: dict[str, dict[str, Any]] = {
     "enhancedrl": {},
@@ -22,7 +29,35 @@ ENHANCEDRL: dict[str, dict[str, Any]] = {
 }
 """Learner settings of the methods that are EnhancedRL's update with other losses."""
 
-NAMES = (*ENHANCEDRL, "td3", "td3-bc", "batchrl-mtf", "static")
+SEARCH: dict[str, tuple[MakeSearcher, SearchSettings]] = {
+    "cem": (Cem, SearchSettings()),
+    "cma-es": (CmaEs, SearchSettings(online="sessions")),
+    "optuna": (OptunaTpe, SearchSettings(population=1, generations=150)),
+}
+"""Searchers of one vector for all users, and how they are used."""
+
+
+def _enhancedrl(name: str, config: Config, seed: int) -> Method:
+    learner = config.learner.model_copy(update=ENHANCEDRL[name])
+    return EnhancedRL(name, config.model_copy(update={"learner": learner}), seed=seed)
+
+
+def _search(name: str, config: Config, seed: int) -> Method:
+    make_searcher, settings = SEARCH[name]
+    return VectorSearch(name, config, seed=seed, make_searcher=make_searcher, settings=settings)
+
+
+METHODS: dict[str, Make] = {
+    **dict.fromkeys(ENHANCEDRL, _enhancedrl),
+    "td3": lambda name, config, seed: Td3(name, config, seed=seed),
+    "td3-bc": lambda name, config, seed: Td3(name, config, seed=seed, settings=TD3_BC),
+    "batchrl-mtf": lambda name, config, seed: BatchRL(name, config, seed=seed),
+    **dict.fromkeys(SEARCH, _search),
+    "supervised": lambda name, config, seed: Supervised(name, config, seed=seed),
+    "supervised-weights": lambda name, config, seed: SupervisedWeights(name, config, seed=seed),
+    "static": lambda name, config, seed: Static(name, config),
+}
+NAMES = tuple(METHODS)
 
 
 def create_method(name: str, config: Config, *, seed: int) -> Method:
@@ -36,13 +71,6 @@ def create_method(name: str, config: Config, *, seed: int) -> Method:
     Raises:
         MethodError: there is no such method.
     """
-    if name in ENHANCEDRL:
-        learner = config.learner.model_copy(update=ENHANCEDRL[name])
-        return EnhancedRL(name, config.model_copy(update={"learner": learner}), seed=seed)
-    if name in ("td3", "td3-bc"):
-        return Td3(name, config, seed=seed, settings=TD3_BC if name == "td3-bc" else None)
-    if name == "batchrl-mtf":
-        return BatchRL(name, config, seed=seed)
-    if name == "static":
-        return Static(name, config)
-    raise MethodError(f"no method {name!r}", "method", f"take one of {', '.join(NAMES)}")
+    if name not in METHODS:
+        raise MethodError(f"no method {name!r}", "method", f"take one of {', '.join(NAMES)}")
+    return METHODS[name](name, config, seed)
