@@ -7,12 +7,9 @@ import signal
 import threading
 
 import click
-import ray
 
-from esrl_ray.actors import NAMESPACE
-from esrl_ray.cli import learning
+from esrl_ray.cli.offline import Offline, train_offline
 from esrl_ray.config import Config, load_config
-from serve.deployment import policy_store
 
 
 def stop_on_signals() -> threading.Event:
@@ -77,8 +74,6 @@ def train(
     """
     config = load_config(path, overrides, environment=os.environ)
     if log is not None:
-        from esrl_ray.cli.offline import Offline, train_offline  # all methods: seconds of imports
-
         asked = Offline(log, method or "enhancedrl", as_of, seed, gradient_steps, out, resume, address)
         train_offline(config, asked, stop_on_signals=stop_on_signals)
         return
@@ -89,6 +84,12 @@ def train(
 
 
 def _online(config: Config, address: str, gradient_steps: int | None) -> None:
+    import ray  # with RLlib it takes seconds
+
+    from esrl_ray.actors import NAMESPACE
+    from esrl_ray.cli import learning
+    from serve.deployment import policy_store
+
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     stop = stop_on_signals()
     loop = learning.training_loop(config, policy_store(config), learning.replay_shards(config))
