@@ -15,7 +15,7 @@ import torch
 from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
-from esrl_ray.methods.method import Exploration
+from esrl_ray.methods.method import Exploration, require
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.replay.steps import Indices, Steps
@@ -137,8 +137,9 @@ class RequestRounds:
         The normaliser is fitted once, on the steps of the first call: a peer keeps it, so that nothing has to be folded.
 
         Raises:
-            MethodError: no step has a known next list or end.
+            MethodError: no step has a known next list or end, or the steps are of another width.
         """
+        require(steps, self.spec, self.name)
         if not len(steps.samplable()):
             raise MethodError(f"none of {len(steps)} steps has a known next list or end", self.name, "give whole sessions")
         if self._normaliser is None:

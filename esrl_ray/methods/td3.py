@@ -24,12 +24,15 @@ from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import Steps
 
 NUM_CRITICS = 2
+ACTION_UNIT = 0.3
+"""Unit of actions in critics and the cloning term: the width of UnifiedRL's published bounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Td3Settings:
-    """Hyper-parameters; discount, sizes and batch size are the learner's."""
+    """Hyper-parameters; sizes and batch size are the learner's."""
 
+    gamma: float = 0.9
     critic_lr: float = 1e-3  # Adam
     actor_lr: float = 3e-4  # Adam
     policy_delay: int = 2  # critic steps per actor step and per soft update
@@ -62,8 +65,7 @@ class Td3:
 
     def __init__(self, name: str, config: Config, *, seed: int, settings: Td3Settings | None = None) -> None:
         self.name, self.settings, learner = name, settings or Td3Settings(), config.learner
-        self._rounds, self._gamma = RequestRounds(name, config, seed=seed), learner.gamma
-        self._width = config.exploration.high - config.exploration.low
+        self._rounds = RequestRounds(name, config, seed=seed)
         self._noise = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -99,7 +101,7 @@ class Td3:
             following = self.target_actor(batch.next_numeric, batch.next_categorical)
             following = td3.smoothed_actions(following, noise, noise_clip=settings.noise_clip)
             next_values = self.values(self.target_critics, batch.next_numeric, batch.next_categorical, following)
-            target = td3.clipped_double_target(batch.rewards, next_values, batch.has_next, gamma=self._gamma)
+            target = td3.clipped_double_target(batch.rewards, next_values, batch.has_next, gamma=settings.gamma)
         critic_loss = td3.td_loss(self.values(self.critics, batch.numeric, batch.categorical, batch.actions), target)
         minimise(critic_loss, self._critic_optimiser)
         self._rounds.gradient_steps += 1
@@ -110,7 +112,7 @@ class Td3:
         if settings.cloning_alpha is None:
             actor_loss = td3.actor_loss(values)
         else:
-            scaled = actions / self._width, batch.actions / self._width
+            scaled = actions / ACTION_UNIT, batch.actions / ACTION_UNIT
             actor_loss = td3.behaviour_cloning_actor_loss(values, *scaled, alpha=settings.cloning_alpha)
         minimise(actor_loss, self._actor_optimiser)
         for target_network, network in ((self.target_critics, self.critics), (self.target_actor, self.actor)):
@@ -118,6 +120,6 @@ class Td3:
         return Td3Result(critic_loss.detach(), actor_loss.detach())
 
     def values(self, critics: Critics, numeric: torch.Tensor, categorical: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Q_n(s, a) of the twins, (m, B), with the action in units of the bounds' width."""
-        values: torch.Tensor = critics(numeric, categorical, actions / self._width)[0]
+        """Q_n(s, a) of the twins, (m, B), with the action in `ACTION_UNIT`s."""
+        values: torch.Tensor = critics(numeric, categorical, actions / ACTION_UNIT)[0]
         return values
