@@ -79,9 +79,8 @@ def _root(path: str, digest: str) -> str:
     if "://" not in base:
         folders = [f for parent in (Path(base), Path(base) / "log") if parent.is_dir() for f in parent.iterdir()]
         if others := sorted(f.name for f in folders if _DIGEST.fullmatch(f.name)):
-            raise SpecMismatch(
-                f"the step logs are of spec {', '.join(others)}, the configuration's is {digest}", base, "give its own --config"
-            )
+            text = f"the step log is of spec {', '.join(others)}, the configuration's is {digest}"
+            raise SpecMismatch(text, base, "give the configuration that it was written with, --config")
         if (Path(base) / "_delta_log").is_dir():
             raise LogError("this is the table of one ingest worker", base, "name the folder above it")
     raise LogError("there is no step log", base, _WHAT)

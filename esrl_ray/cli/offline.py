@@ -62,9 +62,8 @@ def train_offline(config: Config, asked: Offline, *, stop_on_signals: Callable[[
     click.echo(f"method          {asked.method}, seed {seed}")
     click.echo(f"gradient steps  {policy.manifest.gradient_steps:,}")
     if losses:
-        click.echo(
-            "losses          " + ", ".join(f"{name.removesuffix('_loss')} {losses[name]:.4g}" for name in ("critic_loss", "actor_loss"))
-        )
+        parts = (f"{name.removesuffix('_loss')} {losses[name]:.4g}" for name in ("critic_loss", "actor_loss"))
+        click.echo(f"losses          {', '.join(parts)}")
     click.echo(f"seconds         {time.monotonic() - started:.1f}")
     click.echo(f"policy          {path}")
 

@@ -59,6 +59,11 @@ def _check_columns(table: pa.Table, config: Config, where: str) -> None:
     for name in _TEXTS:
         if not (pa.types.is_string(kind := table[name].type) or pa.types.is_large_string(kind)) or table[name].null_count:
             raise InputDataError(f"column {name!r} is {kind} with {table[name].null_count} nulls, expected string without", where)
+    for name in ("event_time_ms", "round"):
+        if not pa.types.is_integer(kind := table[name].type) or table[name].null_count:
+            raise InputDataError(f"column {name!r} is {kind} with {table[name].null_count} nulls, expected integers without", where)
+    if (twice := len(table) - pc.count_distinct(table["step_id"]).as_py()) > 0:
+        raise InputDataError(f"{twice} rows have the step_id of another", where, "give one whole row per step")
     for name, known in (("arm", set(Arm)), ("ended", set(Ended))):
         if odd := set(pc.unique(table[name]).to_pylist()) - {str(k) for k in known}:
             raise InputDataError(f"column {name!r} holds {sorted(odd)[0]!r}, expected one of {sorted(known)}", where)
