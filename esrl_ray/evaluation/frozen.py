@@ -41,6 +41,13 @@ class FrozenResult:
     watch_s: float  # per session
 
 
+def scores_of(policy: Policy | Scorer, page: Page, sessions: Sessions) -> Doubles:
+    """(n, N) what orders the candidates of n sessions: the fused scores of a policy, or those of a scorer."""
+    if not isinstance(policy, Policy):
+        return policy.score(page, sessions)
+    return policy.fuse(page.states(), np.zeros((*page.items.shape, 0), np.int32), page.scores)[1].astype(np.float64)
+
+
 def play(policy: Policy | Scorer, config: Config, *, seed: int, sessions: int) -> tuple[Doubles, Doubles, Doubles]:
     """Let one policy serve sessions to their end.
 
@@ -60,11 +67,7 @@ def play(policy: Policy | Scorer, config: Config, *, seed: int, sessions: int) -
     for _ in range(MAX_PAGES):
         part = running.take(alive)
         page = world.candidates(part)
-        if isinstance(policy, Policy):
-            _, fused = policy.fuse(page.states(), np.zeros((*page.items.shape, 0), np.int32), page.scores)
-        else:
-            fused = policy.score(page, part)
-        top = np.argsort(-fused, axis=1, kind="stable")[:, : config.serve.list_size]
+        top = np.argsort(-scores_of(policy, page, part), axis=1, kind="stable")[:, : config.serve.list_size]
         behaviours, left = world.respond(part, np.take_along_axis(page.items, top, axis=1))
         running.put(alive, part)
         reward[alive] += rewards_of(behaviours, config.reward).sum((1, 2))

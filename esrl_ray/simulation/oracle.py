@@ -1,0 +1,234 @@
+"""Oracles: how far a ranking could get if it knew what only the simulator knows. They are yardsticks, not methods.
+
+`instant` ranks by the true expected reward of a pair, `full` by that plus kappa times the pair's true effect on satisfaction, `observed` by
+a network that was fitted to the same truth but sees what a policy sees. Kappa, the reward that a unit of satisfaction is worth in the end,
+is found by playing. The network is smooth on purpose: boosted trees recognise single items by their features (R^2 .90 on the items
+they were fitted on, .82 on others; the network .88 on both), and a policy that knows items by heart is not what we compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.special import ndtr
+from torch.nn.functional import mse_loss
+
+from esrl_ray.algo.actor import PairNetwork
+from esrl_ray.config import Config, RewardConfig
+from esrl_ray.evaluation.frozen import Scorer, play, scores_of
+from esrl_ray.normaliser import Normaliser, numeric_input
+from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
+from esrl_ray.simulation.draws import Doubles
+from esrl_ray.simulation.users import BEHAVIOURS, SKIM_S, WATCH_CAP_S, WATCH_SD, Page, Sessions, Truth, World
+from esrl_ray.vocabulary import Floats
+
+ORACLES = ("oracle-instant", "oracle-observed", "oracle-full")
+KAPPAS = (0.1, 0.15, 0.2, 0.25, 0.3)
+SESSIONS = 1000
+"""Played for each fit and each kappa."""
+STEPS = (3000, 4000)
+"""Gradient steps on pairs that full knowledge met, then on pairs that the network met as well."""
+HIDDEN_SIZES, BATCH_SIZE, LEARNING_RATE, PAIRS_PER_PAGE = (128, 64), 512, 6e-3, 10
+_TRAINING = 7_000_003
+"""Added to the seed: sessions that neither traffic nor frozen evaluation meets."""
+
+
+def expected_reward(truth: Truth, config: RewardConfig) -> Doubles:
+    """Expectation of Eq. (2) over what the user does with a pair that is looked at, all groups summed.
+
+    Watch is `LogNormal(log_watch, .8)` cut at 240 s after a click, else `LogNormal(log 2, .8)`, of which
+    `E min(w, c) = exp(mu + sd^2 / 2) Phi((log c - mu) / sd - sd) + c (1 - Phi((log c - mu) / sd))`.
+
+    Args:
+        truth: Of (n, K) pairs.
+        config: Terms, groups and scale.
+
+    Returns:
+        (n, K).
+    """
+    chances = {name: getattr(truth, name) for name in BEHAVIOURS if name != "watch_s"}
+    total = np.zeros_like(truth.click)
+    for term in (term for group in config.groups for term in group.terms):
+        if term.behaviour != "watch_s":
+            yes, no = _counted(1.0, term.cap, term.above), _counted(0.0, term.cap, term.above)
+            value = no + (yes - no) * chances[term.behaviour]
+        else:
+            clicked = _watch(truth.log_watch, term.cap, term.above)
+            skimmed = _watch(np.log(np.full((), SKIM_S)), term.cap, term.above)
+            value = skimmed + (clicked - skimmed) * truth.click
+        total += term.weight * value
+    return total / config.scale
+
+
+def _counted(v: float, cap: float | None, above: float | None) -> float:
+    return float(v > above) if above is not None else min(v, cap or v)
+
+
+def _watch(mu: Doubles, cap: float | None, above: float | None) -> Doubles:
+    """E of min(watch, cap), or P(watch > above)."""
+    at = min(WATCH_CAP_S, cap or WATCH_CAP_S) if above is None else above
+    if above is not None and not 0 < above < WATCH_CAP_S:
+        return np.full_like(mu, above <= 0)
+    z = (np.log(at) - mu) / WATCH_SD
+    beyond: Doubles = 1 - ndtr(z)
+    return beyond if above is not None else np.exp(mu + WATCH_SD**2 / 2) * ndtr(z - WATCH_SD) + at * beyond
+
+
+@dataclass(frozen=True)
+class TrueOracle:
+    """Ranks by `E[r] + kappa g`, the truth.
+
+    Attributes:
+        config: World and reward.
+        kappa: Reward per unit of satisfaction; 0 is the oracle of instant reward.
+    """
+
+    config: Config
+    kappa: float
+    _world: World = field(repr=False)
+
+    @classmethod
+    def create(cls, config: Config, *, kappa: float) -> TrueOracle:
+        """An oracle of the world of a deployment."""
+        return cls(config, kappa, World(config, seed=0))
+
+    def targets(self, page: Page, sessions: Sessions) -> Doubles:
+        """(n, N, 2): E[r] if looked at, and g."""
+        truth = self._world.truth(sessions, page.items)
+        return np.stack([expected_reward(truth, self.config.reward), truth.gain], -1)
+
+    def score(self, page: Page, sessions: Sessions) -> Doubles:
+        """(n, N) values."""
+        reward, gain = np.moveaxis(self.targets(page, sessions), -1, 0)
+        value: Doubles = reward + self.kappa * gain
+        return value
+
+
+def full_oracle(config: Config, *, seed: int, sessions: int = SESSIONS) -> TrueOracle:
+    """Full knowledge, with the kappa of `KAPPAS` that earns most per session.
+
+    Args:
+        config: World and reward.
+        seed: Of the sessions played here, which frozen evaluation does not meet.
+        sessions: Played for each kappa.
+    """
+    known = TrueOracle.create(config, kappa=0.0)
+    return max((TrueOracle(config, kappa, known._world) for kappa in KAPPAS), key=_earnings(config, seed=seed, sessions=sessions))
+
+
+def observed_oracle(config: Config, *, seed: int, sessions: int = SESSIONS, steps: Sequence[int] = STEPS) -> Policy:
+    """A policy that scores each pair by the best guess of `E[r] + kappa g` from what policies see: states and log scores.
+
+    Fitted on pairs that full knowledge meets, then also on those that it meets itself (DAgger, Ross et al. 2011: its lists change what
+    users feel and hence their features). The same seed gives the same policy.
+
+    Args:
+        config: World and reward.
+        seed: Of sessions, parameters and sampling.
+        sessions: Played for each fit and each kappa.
+        steps: Gradient steps after each time of playing.
+    """
+    known = TrueOracle.create(config, kappa=0.2)
+    fit = _Fit(config, seed=seed)
+    ranker: Policy | Scorer = known
+    for turn, num_steps in enumerate(steps):
+        recorder = _Recorder(known, ranker, np.random.default_rng((seed, turn)))
+        play(recorder, config, seed=seed + _TRAINING + 1 + turn, sessions=sessions)
+        fit.add(recorder)
+        fit.run(num_steps)
+        ranker = fit.policy(known.kappa)
+    return max((fit.policy(kappa) for kappa in KAPPAS), key=_earnings(config, seed=seed, sessions=sessions))
+
+
+def create_oracle(name: str, config: Config, *, seed: int) -> Policy | Scorer:
+    """One of `ORACLES`.
+
+    Args:
+        name: Which.
+        config: World and reward.
+        seed: Of the sessions that it is tuned on.
+
+    Raises:
+        KeyError: there is no such oracle.
+    """
+    match name:
+        case "oracle-instant":
+            return TrueOracle.create(config, kappa=0.0)
+        case "oracle-observed":
+            return observed_oracle(config, seed=seed)
+        case "oracle-full":
+            return full_oracle(config, seed=seed)
+    raise KeyError(f"no oracle {name!r}; there are {', '.join(ORACLES)}")
+
+
+def _earnings(config: Config, *, seed: int, sessions: int) -> Callable[[Policy | Scorer], float]:
+    return lambda ranker: float(play(ranker, config, seed=seed + _TRAINING, sessions=sessions)[0].mean())
+
+
+class _Recorder:
+    """Ranks as another does and keeps some pairs of each page with their truth."""
+
+    def __init__(self, known: TrueOracle, ranker: Policy | Scorer, rng: np.random.Generator) -> None:
+        self._known, self._ranker, self._rng = known, ranker, rng
+        self.inputs: list[Floats] = []  # (pairs, F + k) raw
+        self.targets: list[Floats] = []  # (pairs, 2)
+
+    def score(self, page: Page, sessions: Sessions) -> Doubles:
+        states = page.states()
+        kept = self._rng.permuted(np.broadcast_to(np.arange(page.items.shape[1]), page.items.shape), axis=1)[:, :PAIRS_PER_PAGE, None]
+        for store, wide in ((self.inputs, numeric_input(states, page.scores)), (self.targets, self._known.targets(page, sessions))):
+            store.append(np.take_along_axis(wide, kept, axis=1).reshape(-1, wide.shape[-1]).astype(np.float32))
+        return scores_of(self._ranker, page, sessions)
+
+
+class _Fit:
+    """Least squares of both targets with one network; kappa mixes its two outputs afterwards, so that it costs no fit."""
+
+    def __init__(self, config: Config, *, seed: int) -> None:
+        self._spec = config.spec.build()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self._network = PairNetwork(self._spec, HIDDEN_SIZES, 0, num_outputs=2)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._inputs = torch.zeros(0, self._spec.num_features + self._spec.num_scores)
+        self._targets = torch.zeros(0, 2)
+        self._normaliser = Normaliser.identity(self._spec)
+        self._centre, self._scale = torch.zeros(2), torch.ones(2)
+
+    def add(self, recorder: _Recorder) -> None:
+        """Take pairs; the first ones fix what inputs and targets are standardised by."""
+        inputs, targets = np.concatenate(recorder.inputs), torch.from_numpy(np.concatenate(recorder.targets))
+        if not len(self._inputs):
+            self._normaliser = Normaliser(inputs.mean(0), np.maximum(inputs.std(0), 1e-3))
+            self._centre, self._scale = targets.mean(0), targets.std(0)
+        standard = torch.from_numpy((inputs - self._normaliser.mean) / self._normaliser.std)
+        self._inputs = torch.cat([self._inputs, standard])
+        self._targets = torch.cat([self._targets, (targets - self._centre) / self._scale])
+
+    def run(self, num_steps: int) -> None:
+        """Adam with one cycle of the learning rate (Smith and Topin 2018)."""
+        optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=num_steps)
+        codes = torch.zeros(BATCH_SIZE, 0, dtype=torch.int64)
+        for _ in range(num_steps):
+            chosen = torch.randint(len(self._inputs), (BATCH_SIZE,), generator=self._generator)
+            loss = mse_loss(self._network(self._inputs[chosen], codes), self._targets[chosen])
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            schedule.step()
+
+    def policy(self, kappa: float) -> Policy:
+        """The network with its last layer mixed: `E[r] + kappa g`."""
+        parameters = {name: p.detach().numpy().copy() for name, p in self._network.state_dict().items()}
+        last = f"layers.{len(HIDDEN_SIZES)}"
+        mix = np.array([1.0, kappa], np.float32)  # (2,)
+        weight, bias = parameters[f"{last}.weight"], parameters[f"{last}.bias"]  # (2, hidden), (2,)
+        scale, centre = self._scale.numpy(), self._centre.numpy()
+        parameters |= {f"{last}.weight": ((mix * scale) @ weight)[None], f"{last}.bias": (mix @ (centre + scale * bias))[None]}
+        note = f"oracle on observed features, kappa {kappa}"
+        manifest = Manifest(version=0, digest="", kind=PolicyKind.SCORE, spec=self._spec, hidden_sizes=HIDDEN_SIZES, note=note)
+        return Policy.of(manifest, parameters, self._normaliser)
