@@ -8,7 +8,7 @@ UV := $(VENV)/uv/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test check bench-methods lock clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-methods: $(STAMP)
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --quiet --output-file requirements.lock

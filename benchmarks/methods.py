@@ -21,15 +21,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from esrl_ray.simulation.oracle import oracles
 
 from benchmarks.methods_report import write_report
-from benchmarks.methods_rows import CONTROL, METHODS, ORACLES, Point, Row
+from benchmarks.methods_rows import CONTROL, METHODS, Point, Row
 from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.arms import clustered_mean
 from esrl_ray.evaluation.frozen import UNSEEN, play
 from esrl_ray.methods.catalogue import create_method
 from esrl_ray.policy.policy import Policy
+from esrl_ray.simulation.oracle import ORACLES, create_oracle
 from esrl_ray.simulation.rounds import learn_online
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def measure(name: str, world: int, seed: int, *, num_steps: int, commit: str) ->
     curve: list[Point] = []
     gradient_steps = 0
     if name in ORACLES:
-        ranked = oracles(config, seed=seed)[name]
+        ranked = create_oracle(name, config, seed=seed)
     else:
         ranked = Policy.static(config.spec.build())
         method = create_method(METHODS[name].method, config, seed=seed)

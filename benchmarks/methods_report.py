@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from benchmarks.methods_rows import CONTROL, METHODS, ORACLES, Row
+from benchmarks.methods_rows import CONTROL, METHODS, Row
+from esrl_ray.simulation.oracle import ORACLES
 
 mpl.rcParams["svg.hashsalt"] = "esrl"  # the same rows give the same file
 
@@ -31,8 +32,9 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
     lines = [
         "# Methods in simulated worlds",
         "",
-        f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen and without noise on 2,000 unseen sessions "
-        "with common random numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Share = "
+        f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen, without noise, on 2,000 unseen "
+        "sessions with common random "
+        "numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Share = "
         "(reward - control) / (observed-features oracle - control), by world.",
         f"Worlds {', '.join(map(str, worlds))}; commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. "
         "Written by `make bench-methods`.",

@@ -38,8 +38,6 @@ METHODS = {
     "iql": Variant("iql", what="RLlib's, one action per request"),
 }
 
-ORACLES = ("oracle-instant", "oracle-observed", "oracle-full")
-
 
 class Point(msgspec.Struct, frozen=True):
     """Reward per session of the policy after a round."""
