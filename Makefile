@@ -8,7 +8,7 @@ UV := $(VENV)/uv/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-methods lock clean
+.PHONY: setup demo test check bench-methods bench-kuairand lock clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ check: $(STAMP)
 
 bench-methods: $(STAMP)
 	$(BIN)/python -m benchmarks.methods $(ARGS)
+
+bench-kuairand: $(STAMP)
+	$(BIN)/python -m benchmarks.kuairand $(ARGS)
 
 lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --quiet --output-file requirements.lock
