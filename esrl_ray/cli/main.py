@@ -13,6 +13,7 @@ from esrl_ray.errors import EsrlError
 COMMANDS = {
     "config": "config:config_group",
     "demo": "demo:demo",
+    "evaluate": "evaluate:evaluate",
     "ingest": "ingest:ingest",
     "log": "log:log_group",
     "policy": "policy:policy_group",

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from esrl_ray.config import Config
+from esrl_ray.errors import ConfigError
 from esrl_ray.evaluation.report import Gauc, finite
-from esrl_ray.fusion import fused_scores
 from esrl_ray.policy.policy import Policy
+from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Floats, Ints
 
 Doubles = npt.NDArray[np.float64]
@@ -91,9 +92,66 @@ def bootstrap(parts: Sequence[GroupAuc], *, num_users: int, seed: int, resamples
 
 def policy_scores(policy: Policy, pairs: LabelledPairs) -> Floats:
     """Fused score of each exposure, without noise: (n,)."""
-    actions = policy.act(pairs.states, pairs.categorical, pairs.scores)
-    scores: Floats = fused_scores(torch.from_numpy(pairs.scores), torch.from_numpy(actions), policy.spec).numpy()
-    return scores
+    return policy.fuse(pairs.states, pairs.categorical, pairs.scores)[1]
+
+
+def label_of(config: Config, text: str | None) -> tuple[int, float]:
+    """Behaviour (its column) and threshold of the label `behaviour > threshold`.
+
+    Args:
+        config: Behaviours and reward terms.
+        text: `watch_s>10`; None takes the first reward term with a threshold (the paper's is watched > 10 s), else the first behaviour > 0.
+
+    Raises:
+        ConfigError: not of this form, or an undeclared behaviour.
+    """
+    names = [b.name for b in config.reward.behaviours]
+    if text is None:
+        terms = [(t.behaviour, t.above) for group in config.reward.groups for t in group.terms if t.above is not None]
+        name, above = terms[0] if terms else (names[0], 0.0)
+        return names.index(name), float(above)
+    name, sign, number = text.partition(">")
+    try:
+        return names.index(name.strip()), float(number if sign else "0")
+    except ValueError as error:
+        raise ConfigError(f"label {text!r} is not behaviour>threshold with a behaviour of {names}", "--label") from error
+
+
+def shown_pairs(
+    steps: Steps, config: Config, *, label: tuple[int, float], plus_one: bool = True, context: str | None = None
+) -> LabelledPairs:
+    """Shown pairs of steps as exposures, grouped by `user` and, with a context, by `user_context`.
+
+    Args:
+        steps: Lists with behaviours and rewards.
+        config: Categorical features.
+        label: Behaviour's column and threshold.
+        plus_one: Weigh an exposure by its reward + 1 (the earlier version's) instead of its reward. Negative weights count as 0.
+        context: Name of a categorical feature of the request.
+
+    Raises:
+        ConfigError: no such categorical feature.
+    """
+    columns = steps.columns
+    seen = columns["shown"] > 0
+    user = np.broadcast_to(steps.users[:, None], seen.shape)[seen]
+    groups = {"user": user}
+    if context is not None:
+        names = [c.name for c in config.spec.categorical_features]
+        if context not in names:
+            raise ConfigError(f"no categorical feature {context!r}, there are {names}", "--context")
+        code = columns["categorical"][..., names.index(context)][seen].astype(np.int64)
+        groups[f"user_{context}"] = np.unique(np.stack([user, code]), axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    column, above = label
+    return LabelledPairs(
+        states=columns["states"][seen],
+        categorical=columns["categorical"][seen],
+        scores=columns["scores"][seen],
+        labels=(columns["behaviours"][..., column][seen] > above).astype(np.float32),
+        weights=np.maximum(columns["rewards"][seen].sum(-1) + float(plus_one), 0).astype(np.float32),
+        user=user.astype(np.int32),
+        groups=groups,
+    )
 
 
 def gauc_of_policies(
