@@ -160,11 +160,13 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
     if state.learner.level == "request":
         c = request_level(c)
     numeric, categorical = networks.visible(networks.numeric(c["states"], c["scores"]), c["categorical"].long())
-    next_numeric, next_categorical = networks.visible(networks.numeric(c["next_states"], c["next_scores"]), c["next_categorical"].long())
     relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
     future = _future(state, c) if isinstance(networks.critics, SplitCritics) else None
     shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
-    next_list, next_codes = _pick(next_numeric, next_shown), _pick(next_categorical, next_shown)
+    if future is not None:  # the split critic bootstraps from the user's state: it needs no next list
+        next_shown = next_shown[:, :0]
+    next_states, next_scores, next_codes = (_pick(c[name], next_shown) for name in ("next_states", "next_scores", "next_categorical"))
+    next_list, next_codes = networks.visible(networks.numeric(next_states, next_scores), next_codes.long())
     return Batch(
         numeric=numeric,
         categorical=categorical,
