@@ -8,7 +8,7 @@ from esrl_ray.algo.update import LearnState, UpdateResult, prepare, update
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.rounds import fit_scales
-from esrl_ray.methods.method import Exploration
+from esrl_ray.methods.method import Exploration, require
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Floats
@@ -43,8 +43,9 @@ class EnhancedRL:
         """The gradient steps that the new steps allow; then the policy becomes the next anchor.
 
         Raises:
-            MethodError: no step has a known next list or end.
+            MethodError: no step has a known next list or end, or the steps are of another width.
         """
+        require(steps, self.config.spec.build(), self.name)
         if not len(samplable := steps.samplable()):
             raise MethodError(f"none of {len(steps)} steps has a known next list or end", self.name, "give whole sessions")
         networks, learner = self.state.networks, self.config.learner

@@ -116,11 +116,13 @@ class RankingQuality:
     """
 
     def __init__(self, scores: Floats, rewards: Floats, shown: Floats, spec: Spec) -> None:
-        self._scores, self._spec = torch.from_numpy(scores), spec
+        number = np.cumsum(shown.ravel() > 0).reshape(shown.shape) - 1  # of a shown pair
         i, j = np.triu_indices(shown.shape[1], 1)
         lists, pairs = np.nonzero((shown[:, i] * shown[:, j] > 0) & (rewards[:, i] != rewards[:, j]))
-        self._left, self._right = (lists, i[pairs]), (lists, j[pairs])
-        self._weights = (rewards[self._left] - rewards[self._right]).astype(np.float64)
+        left, right = (lists, i[pairs]), (lists, j[pairs])
+        self._scores, self._spec = torch.from_numpy(scores[shown > 0]), spec  # (all shown pairs, k)
+        self._left, self._right = number[left], number[right]
+        self._weights = (rewards[left] - rewards[right]).astype(np.float64)
 
     @property
     def num_comparisons(self) -> int:

@@ -124,7 +124,7 @@ class OptunaTpe:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._names = optuna, [f"a{i}" for i in range(len(centre))]
         self._space = {name: optuna.distributions.FloatDistribution(-1, 1) for name in self._names}
-        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
         self._study.enqueue_trial(dict(zip(self._names, centre.tolist(), strict=True)))
         self._start, self.spread = centre.copy(), np.full(len(centre), spread)
         self._asked: dict[bytes, int] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from esrl_ray.config import Config
-from esrl_ray.methods.method import Exploration
+from esrl_ray.methods.method import Exploration, require
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Floats
@@ -29,5 +29,10 @@ class Static:
         return Exploration(self._policy, nothing, nothing)
 
     def fit(self, steps: Steps) -> Policy:
-        """The vector."""
+        """The vector.
+
+        Raises:
+            MethodError: there are no steps, or they are of another width.
+        """
+        require(steps, self._policy.spec, self.name)
         return self._policy
