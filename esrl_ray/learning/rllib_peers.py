@@ -108,11 +108,20 @@ class RLlibPeer:
         return self._rounds.publish(self._actor())
 
     @property
-    def module(self) -> RLModule:
-        """RLlib's networks, after a fit."""
+    def algorithm(self) -> Algorithm:
+        """RLlib's algorithm.
+
+        Raises:
+            MethodError: there was no fit yet.
+        """
         if self._algorithm is None:
             raise MethodError(f"{self.name} has no networks before its first fit")
-        (result,) = self._algorithm.learner_group.foreach_learner(lambda learner: learner.module[DEFAULT_MODULE_ID].unwrapped())
+        return self._algorithm
+
+    @property
+    def module(self) -> RLModule:
+        """RLlib's networks, after a fit."""
+        (result,) = self.algorithm.learner_group.foreach_learner(lambda learner: learner.module[DEFAULT_MODULE_ID].unwrapped())
         return result.get()
 
     def _actor(self) -> Actor:

@@ -47,11 +47,18 @@ def _search(name: str, config: Config, seed: int) -> Method:
     return VectorSearch(name, config, seed=seed, make_searcher=make_searcher, settings=settings)
 
 
+def _rllib_peer(name: str, config: Config, seed: int) -> Method:
+    from esrl_ray.learning.rllib_peers import RLlibPeer  # RLlib takes seconds to import
+
+    return RLlibPeer(name, config, seed=seed)
+
+
 METHODS: dict[str, Make] = {
     **dict.fromkeys(ENHANCEDRL, _enhancedrl),
     "td3": lambda name, config, seed: Td3(name, config, seed=seed),
     "td3-bc": lambda name, config, seed: Td3(name, config, seed=seed, settings=TD3_BC),
     "batchrl-mtf": lambda name, config, seed: BatchRL(name, config, seed=seed),
+    **dict.fromkeys(("sac", "cql", "iql"), _rllib_peer),
     **dict.fromkeys(SEARCH, _search),
     "supervised": lambda name, config, seed: Supervised(name, config, seed=seed),
     "supervised-weights": lambda name, config, seed: SupervisedWeights(name, config, seed=seed),
