@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import msgspec
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 
 from esrl_ray.errors import LoopError
 from esrl_ray.learning.algorithm import EnhancedRL
@@ -77,6 +78,11 @@ def restore_checkpoint(algorithm: EnhancedRL, folder: Path, spec_digest: str) ->
     if numbers:
         raise LoopError(f"none of {len(numbers)} checkpoints can be read", str(folder), "delete the folder to learn from the start")
     return None
+
+
+def module_folder(checkpoint: Path) -> Path:
+    """The module in a checkpoint: `RLModule.from_checkpoint(path, inference_only=True)` builds what decides from it."""
+    return checkpoint.joinpath(COMPONENT_LEARNER_GROUP, COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID)
 
 
 def _numbers(folder: Path) -> list[int]:

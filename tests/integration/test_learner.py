@@ -8,20 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray import tune
 from ray.actor import ActorHandle
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch
+from ray.tune.schedulers import ASHAScheduler
 
 from esrl_ray.actors import NAMESPACE
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import LoopError
-from esrl_ray.learning.algorithm import EnhancedRL, learner_results
-from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
+from esrl_ray.errors import ConfigError, LoopError
+from esrl_ray.learning.algorithm import EnhancedRL, EnhancedRLConfig, learner_results
+from esrl_ray.learning.checkpoint import Progress, module_folder, restore_checkpoint, save_checkpoint
 from esrl_ray.learning.feed import BatchFeed, to_multi_agent_batch
+from esrl_ray.learning.module import EnhancedRLModule
 from esrl_ray.vocabulary import Floats, TransitionBatch
+from tests.step_tables import simulated_steps, step_table
 from tests.transitions import make_transitions
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
@@ -53,6 +61,13 @@ def call(algorithm: EnhancedRL, config: Config, number: int) -> None:
     algorithm.learn({"ingest-0": number}, [ref] * max(1, config.learner.num_learners))
 
 
+def call_apart(algorithm: EnhancedRL, config: Config, number: int) -> None:
+    """One learner call; every learner gets a batch of its own."""
+    count = max(1, algorithm.config.num_learners)
+    refs = [ray.put(to_multi_agent_batch(transitions(config, count * number + i))) for i in range(count)]
+    algorithm.learn({"ingest-0": number}, refs)
+
+
 def parameters(algorithm: EnhancedRL) -> list[dict[str, Floats]]:
     """Everything that each learner's networks hold."""
     return algorithm.each_learner(lambda learner: {k: v.cpu().numpy().copy() for k, v in learner.learn_state.networks.state_dict().items()})
@@ -69,7 +84,8 @@ def test_rllib_takes_the_same_gradient_steps_as_the_core(num_learners: int) -> N
     config = deployment(num_learners)
     state = LearnState.create(config, device="cpu")
     torch.set_num_threads(1)
-    algorithm = EnhancedRL.of(config)
+    algorithm = EnhancedRLConfig().training(deployment=deployment(7)).learners(num_learners=num_learners).build_algo()  # learners() wins
+    assert isinstance(algorithm, EnhancedRL) and algorithm.config.num_learners == num_learners
     try:
         for number in range(CALLS):
             for part in prepare(state, transitions(config, number)).split(config.learner.updates_per_call):
@@ -85,9 +101,8 @@ def test_rllib_takes_the_same_gradient_steps_as_the_core(num_learners: int) -> N
         algorithm.stop()
 
 
-@pytest.mark.parametrize("num_learners", [0, 1])
-def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(num_learners: int, tmp_path: Path) -> None:
-    config = deployment(num_learners)
+def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    config = deployment()
     algorithm = EnhancedRL.of(config)
     try:
         call(algorithm, config, 0)
@@ -99,7 +114,7 @@ def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(num_learners: i
             assert not [p for p in path.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
     finally:
         algorithm.stop()
-    other = EnhancedRL.of(deployment(num_learners, "learner.seed=9"))
+    other = EnhancedRL.of(deployment(0, "learner.seed=9"))
     try:
         progress = restore_checkpoint(other, tmp_path, config.spec.build().digest)
         assert progress is not None and progress.round == 3 and progress.fitted
@@ -110,6 +125,96 @@ def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(num_learners: i
         assert_same(parameters(other)[0], went_on, tolerance=1e-6)
     finally:
         other.stop()
+
+
+@pytest.mark.parametrize("num_learners", [0, 1, 2])
+def test_from_checkpoint_goes_on_bit_for_bit_and_replicas_stay_equal(num_learners: int, tmp_path: Path) -> None:
+    config = deployment(num_learners)
+    algorithm = EnhancedRL.of(config)
+    try:
+        call_apart(algorithm, config, 0)
+        path = algorithm.save_to_path(str(tmp_path / "checkpoint"))
+        call_apart(algorithm, config, 1)
+        went_on = parameters(algorithm)
+    finally:
+        algorithm.stop()
+    other = Algorithm.from_checkpoint(path)
+    assert isinstance(other, EnhancedRL)
+    try:
+        assert (other.num_calls, other.published()[2], other.lineage) == (1, 8, {"ingest-0": 0})
+        call_apart(other, config, 1)
+        restored = parameters(other)
+    finally:
+        other.stop()
+    for replica in (*went_on[1:], *restored):
+        assert_same(went_on[0], replica)
+
+
+def test_the_module_of_a_checkpoint_decides_with_the_actor_alone(tmp_path: Path) -> None:
+    config = deployment()
+    algorithm = EnhancedRL.of(config)
+    call(algorithm, config, 0)
+    folder = module_folder(save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest)))
+    whole = RLModule.from_checkpoint(str(folder))
+    module = RLModule.from_checkpoint(str(folder), inference_only=True)
+    assert isinstance(module, EnhancedRLModule) and isinstance(whole, EnhancedRLModule)
+    assert {name.split(".")[1] for name in module.state_dict()} == {"actor", "mean", "std"}
+    assert {name.split(".")[1] for name in whole.state_dict()} > {"critics", "target_actor", "anchor"}
+    t = transitions(config, 9)
+    batch = {"states": t["states"], "scores": t["scores"], "categorical": t["categorical"]}
+    tensors = {name: torch.from_numpy(np.asarray(column)) for name, column in batch.items()}
+    actions = module.forward_inference(tensors)["actions"]
+    assert actions.shape == t["actions"].shape and not actions.requires_grad
+    assert torch.equal(actions, whole.forward_inference(tensors)["actions"])
+    assert torch.equal(actions, algorithm.get_module().forward_inference(tensors)["actions"])
+    assert not torch.equal(actions, EnhancedRL.of(config).get_module().forward_inference(tensors)["actions"])
+    algorithm.stop()
+
+
+def test_settings_win_over_the_deployment_in_any_order() -> None:
+    config = EnhancedRLConfig().learners(num_learners=1, num_gpus_per_learner=0.5).training(gamma=0.5, critic="per_pair", seed=4)
+    config.training(deployment=deployment(2, "learner.gamma=0.8", "learner.actor_lr=0.01"), critics_per_group=3)
+    config.validate()
+    learner = config.deployment.learner
+    assert (learner.gamma, learner.critic, learner.critics_per_group, learner.seed) == (0.5, "per_pair", 3, 4)
+    assert (learner.actor_lr, learner.batch_size, learner.num_learners) == (0.01, 16, 1)
+    assert (config.num_learners, config.num_gpus_per_learner, config.actor_lr) == (1, 0.5, 0.01)
+    assert config.train_batch_size_per_learner == 16 * 8 and config.seed is None
+    assert config.deployment.kafka.sasl_password is None and config.deployment.serve.bearer_token is None
+    default = EnhancedRLConfig().training(deployment=deployment(2))
+    default.validate()
+    assert (default.num_learners, default.num_gpus_per_learner) == (2, 0)
+
+
+def test_settings_are_checked_with_the_configurations_own_words() -> None:
+    with pytest.raises(ConfigError, match=r"gamma: Input should be less than 1.*EnhancedRLConfig.training"):
+        EnhancedRLConfig().training(gamma=1.5)
+    with pytest.raises(ConfigError, match="unknown setting 'critic_per_group'; nearest: critics_per_group"):
+        EnhancedRLConfig().training(critic_per_group=2)
+    with pytest.raises(ConfigError, match="unknown setting 'lr'"):
+        EnhancedRLConfig().training(lr=1e-3)
+    with pytest.raises(ConfigError, match="level request needs actor_loss printed"):
+        EnhancedRLConfig().training(deployment=deployment(), level="request", actor_loss="listwise").validate()
+    with pytest.raises(ConfigError, match="learning would never start"):
+        EnhancedRLConfig().training(deployment=deployment(), batch_size=1_000_000).validate()
+
+
+def test_tune_searches_settings_of_the_method_with_a_scheduler(tmp_path: Path) -> None:
+    pq.write_table(step_table(simulated_steps(deployment(), 200)), tmp_path / "steps.parquet")
+    config = EnhancedRLConfig().training(deployment=deployment(), updates_per_call=2, actor_lr=tune.grid_search([1e-4, 1e-2]))
+    config.offline_data(input_=str(tmp_path / "steps.parquet"))
+    score = "learners/default_policy/critic_loss"
+    tuner = tune.Tuner(
+        EnhancedRL,
+        param_space=config,
+        tune_config=tune.TuneConfig(scheduler=ASHAScheduler(max_t=2, grace_period=1), metric=score, mode="min", max_concurrent_trials=2),
+        run_config=tune.RunConfig(name="search", storage_path=str(tmp_path / "tune"), verbose=0),
+    )
+    results = tuner.fit()
+    assert not results.errors and len(results) == 2
+    assert sorted(result.config["actor_lr"] for result in results) == [1e-4, 1e-2]
+    assert {result.metrics["training_iteration"] for result in results if result.metrics} <= {1, 2}
+    assert all(result.metrics and result.metrics["learners"]["default_policy"]["gradient_steps"] >= 8 for result in results)
 
 
 def test_an_older_state_can_be_set_in_memory() -> None:
