@@ -106,9 +106,10 @@ class OffPolicy:
         self._first = allowed.copy()
         self._first[following[following >= 0]] = False
         rng = np.random.default_rng(seed)
-        groups = min(self.settings.num_groups, len(np.unique(steps.users[allowed])))
-        codes = np.unique(steps.users, return_inverse=True)[1]
-        self._groups: Indices = (rng.permutation(int(codes.max()) + 1) % groups)[codes].astype(np.int64)
+        used, codes = np.unique(steps.users[allowed], return_inverse=True)
+        groups = min(self.settings.num_groups, len(used))
+        self._groups: Indices = np.zeros(n, np.int64)
+        self._groups[allowed] = (rng.permutation(len(used)) % groups)[codes]
         self._folds: Indices = self._groups % 2
         self._counts = np.concatenate([np.ones((1, groups)), rng.multinomial(groups, np.full(groups, 1 / groups), self.settings.resamples)])
         self._rewards = steps.list_rewards.sum(1).astype(np.float64)

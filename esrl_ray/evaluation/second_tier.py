@@ -1,8 +1,8 @@
 """Second tier of the gate: would the candidate earn more per session than the policy it replaces, by the log of held-out explore users?
 
-The rule is a bound, not a mean: a gate on means promotes what noise prefers. `pass` needs the lower bound of the paired difference above the
-tolerance, `block` the upper bound below it, and everything else, also a log with too little support, is `abstain`: more data is needed. So
-a candidate that is as good as its anchor passes in a share of 1 - level of the cases, and is blocked as often.
+The rule is a bound, not a mean: a gate on means promotes what noise prefers. `pass` needs the lower bound of the paired difference above
+the tolerance, `block` the upper bound below it, and everything else, also a log with too little support, is `abstain`: more data is needed.
+So a candidate that is as good as its anchor passes in a share of 1 - level of the cases, and is blocked as often.
 """
 
 from __future__ import annotations
