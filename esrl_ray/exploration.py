@@ -25,9 +25,12 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
     """One round of SplitMix64 (Steele et al. 2014) on uint64 counters: equidistributed bits from any distinct counters."""
     with np.errstate(over="ignore"):
         z = x + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        return z
 
 
 def uniform01(counters: np.ndarray) -> np.ndarray:

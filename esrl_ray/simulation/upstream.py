@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from esrl_ray.simulation.draws import Doubles
+from esrl_ray.vocabulary import Floats
 
 SCORES = ("click", "valid", "watch", "like", "comment")
 _DUR, _AGE, _POP = 0, 1, 2
@@ -47,18 +48,33 @@ class Upstream:
         """
         self._centre = true.mean((0, 1))
         self._scale = np.ones(len(SCORES))
-        self._scale = self.scores(true, items, users, noise).mean((0, 1))
+        y = self.means(true, items, users) + self.deviations(items, users) * noise
+        self._scale = self.scores(y.astype(np.float32)).mean((0, 1), dtype=np.float64)
 
-    def scores(self, true: Doubles, items: Doubles, users: Doubles, noise: Doubles) -> Doubles:
-        """Scores of pairs: positive, mean about 1.
+    def means(self, true: Doubles, items: Doubles, users: Doubles) -> Doubles:
+        """(n, K, 5) where scores of pairs lie on the logit scale before noise; arguments as in `calibrate`.
 
-        Args:
-            true, items, users, noise: As in `calibrate`.
+        `.75 (t - mean t) + mean t + [d, age, pop, q, b]' A_h [1, act, pat, nov]`: their slope in t is `SHRINK`.
         """
         bias = items @ np.einsum("hij,nj->nih", self._distortion, users[:, 0], optimize=True)  # (n, K, 5)
-        sigma = self._noise * (1 + 0.3 * np.tanh(-users[..., _ACT : _ACT + 1]) + 0.3 * np.tanh(items[..., _AGE : _AGE + 1]))
-        y = SHRINK * (true - self._centre) + self._centre + bias + sigma * noise
-        probability: Doubles = 1 / (1 + np.exp(-y))
-        probability[..., 2] = np.exp(np.minimum(y[..., 2], np.log(240.0)))  # watch is in seconds
-        scores: Doubles = probability / self._scale
-        return scores
+        y: Doubles = SHRINK * (true - self._centre) + self._centre + bias
+        return y
+
+    def deviations(self, items: Doubles, users: Doubles) -> Doubles:
+        """(n, K, 5) what noise is multiplied by: less for active users and fresh items."""
+        sigma: Doubles = self._noise * (1 + 0.3 * np.tanh(-users[..., _ACT : _ACT + 1]) + 0.3 * np.tanh(items[..., _AGE : _AGE + 1]))
+        return sigma
+
+    def scores(self, y: Floats) -> Floats:
+        """Scores of pairs, positive, mean about 1, from their values on the logit scale with noise.
+
+        Args:
+            y: (n, K, 5); written over.
+        """
+        e = np.negative(np.maximum(y, np.float32(-80.0), out=y), out=y)
+        np.exp(e, out=e)  # of -y, finite
+        longest = np.maximum(e[..., 2], np.float32(1 / 240.0))  # watch is in seconds: exp(min(y, log 240))
+        e += np.float32(1.0)
+        e[..., 2] = longest
+        e *= np.tile(self._scale.astype(np.float32), (y.shape[1], 1))
+        return np.reciprocal(e, out=e)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError
-from esrl_ray.simulation.draws import Doubles, normal, normal_from, uniform
-from esrl_ray.simulation.upstream import SCORES, Upstream
+from esrl_ray.simulation.draws import Doubles, coarse_normals, key, normal, normal_from, uniform
+from esrl_ray.simulation.upstream import SCORES, SHRINK, Upstream
 from esrl_ray.vocabulary import Floats
 
 Indices = npt.NDArray[np.int64]
@@ -35,6 +35,11 @@ _OUTCOMES = np.arange(_EXAMINE, _DISLIKE + 1)
 def sigmoid(x: Doubles) -> Doubles:
     """1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
+
+
+def _mood(fatigue: Doubles, satisfaction: Doubles) -> Doubles:
+    """What the logits of click and valid move by as the session goes on."""
+    return 0.25 * satisfaction - 0.6 * fatigue
 
 
 @dataclass
@@ -119,6 +124,8 @@ class World:
         self._pools = self._draw_pools(rng)
         self._upstream = Upstream(rng)
         self._calibrate(rng)
+        self._features = np.column_stack([self._item[:, :3], self._quality_proxy, self._bait_proxy]).astype(np.float32)  # (M, 5)
+        self._means, self._deviations = self._fixed_scores()
 
     def _draw_pools(self, rng: np.random.Generator) -> Indices:
         """(U, 200) items that a user's candidates come from: the recommender's retrieval, which is not blind."""
@@ -138,8 +145,18 @@ class World:
         users = rng.integers(0, len(self._u), 20_000)
         items = self._pools[users, rng.integers(0, POOL, 20_000)]
         nothing = np.zeros((len(users), 1))
-        truth = self._truth(users[:, None], items[:, None], nothing, nothing)
+        truth = self._truth(self._pref(users[:, None], items[:, None]), users[:, None], items[:, None], nothing, nothing)
         self._upstream.calibrate(truth, self._item[items][:, None], self._user_terms(users[:, None]), rng.standard_normal(truth.shape))
+
+    def _fixed_scores(self) -> tuple[Floats, Floats]:
+        """What of a pool's upstream scores never changes: their means at fatigue and satisfaction 0, their deviations, (U 200, 5) each."""
+        nothing, means, deviations = np.zeros((1, 1)), [], []
+        for users in np.array_split(np.arange(len(self._u))[:, None], 1 + len(self._u) // 1000):
+            items, terms = self._pools[users[:, 0]], self._user_terms(users)
+            truth = self._truth(self._pref(users, items), users, items, nothing, nothing)
+            means.append(self._upstream.means(truth, self._item[items], terms).reshape(-1, len(SCORES)).astype(np.float32))
+            deviations.append(self._upstream.deviations(self._item[items], terms).reshape(-1, len(SCORES)).astype(np.float32))
+        return np.concatenate(means), np.concatenate(deviations)
 
     def _user_terms(self, users: Indices) -> Doubles:
         return np.concatenate([np.ones((*users.shape, 1)), self._profile[users][..., :3]], -1)
@@ -151,16 +168,16 @@ class World:
         pref: Doubles = 0.9 * z + 0.5 * q + 0.35 * profile[..., 1] * d - 0.25 * profile[..., 2] * age
         return pref
 
-    def _truth(self, users: Indices, items: Indices, fatigue: Doubles, satisfaction: Doubles) -> Doubles:
+    def _truth(self, pref: Doubles, users: Indices, items: Indices, fatigue: Doubles, satisfaction: Doubles) -> Doubles:
         """(n, K, 5) true click, valid, log-watch, like, comment on the logit (log seconds) scale."""
-        pref, item, profile = self._pref(users, items), self._item[items], self._profile[users]
+        item, profile = self._item[items], self._profile[users]
         d, b = item[..., 0], item[..., 4]
-        click = -1.85 + 0.9 * pref + 0.6 * b + 0.25 * profile[..., 0] - 0.6 * fatigue + 0.25 * satisfaction
+        click = -1.85 + 0.9 * pref + 0.6 * b + 0.25 * profile[..., 0] + _mood(fatigue, satisfaction)
         log_watch = 2.7 + 0.35 * d + 0.3 * pref + 0.15 * b
         valid = click + (log_watch - np.log(VALID_S)) / 0.8
         like = -5.9 + 0.8 * pref + 0.6 * profile[..., 3] - 0.3 * b
         comment = -4.3 + 0.5 * pref + 0.4 * b + 0.4 * profile[..., 3]
-        return np.stack([click, valid, log_watch, like, comment], -1)
+        return np.stack(np.broadcast_arrays(click, valid, log_watch, like, comment), -1)
 
     def start(self, ids: Indices, users: Indices) -> Sessions:
         """New sessions.
@@ -175,26 +192,38 @@ class World:
 
     def candidates(self, sessions: Sessions) -> Page:
         """The next request of each session: N candidates of its user's pool with features and upstream scores."""
-        ids, page, users = sessions.ids[:, None], sessions.page[:, None], sessions.users[:, None]
-        order = uniform(self._seed, ids, page, np.arange(POOL)[None], _CANDIDATE)
-        chosen = (
-            np.argpartition(order, self._num_candidates, axis=1)[:, : self._num_candidates]
-            if self._num_candidates < POOL
-            else np.argsort(order)
-        )
-        items = np.take_along_axis(self._pools[sessions.users], np.sort(chosen, axis=1), axis=1)
-        fatigue = np.take_along_axis(sessions.fatigue, self._category[items], axis=1)
-        truth = self._truth(users, items, fatigue, sessions.satisfaction[:, None])
-        noise = normal(self._seed, ids[..., None], page[..., None], items[..., None] * len(SCORES) + np.arange(len(SCORES)), _SCORE)
-        scores = self._upstream.scores(truth, self._item[items], self._user_terms(users), noise)
-        features = [self._item[items][..., i] for i in range(3)] + [self._quality_proxy[items], self._bait_proxy[items], fatigue]
+        ids, page = sessions.ids[:, None], sessions.page[:, None]
+        places = self._places(ids, page) + POOL * sessions.users[:, None]  # (n, N) of (user, place in the pool)
+        items = self._pools.reshape(-1).take(places)
+        fatigue = self._fatigue(sessions, items)
+        y = coarse_normals(key(self._seed, ids, page, items, _SCORE), len(SCORES))  # (n, N, 5)
+        y *= self._deviations.take(places, axis=0)
+        y += self._means.take(places, axis=0)
+        moved = SHRINK * _mood(fatigue, sessions.satisfaction[:, None])
+        for score in (0, 1):  # column by column: numpy is slow on short last axes
+            y[..., score] += moved
+        features = np.empty((*items.shape, len(ITEM_FEATURES)), np.float32)
+        features[..., :-1], features[..., -1] = self._features.take(items, axis=0), fatigue
         return Page(
             items,
             np.concatenate([self._profile[sessions.users], sessions.emas], -1).astype(np.float32),
             np.stack([np.minimum(sessions.page, 50) / 10, sessions.page == 0], -1).astype(np.float32),
-            np.stack(features, -1).astype(np.float32),
-            scores.astype(np.float32),
+            features,
+            self._upstream.scores(y),
         )
+
+    def _places(self, ids: Indices, page: Indices) -> Indices:
+        """(n, N) places 0..199 in the pool, ascending: those with the smallest draws of 24 bits, which carry their place in 8 bits more."""
+        draws = key(self._seed, ids, page, np.arange(POOL // 2)[None], _CANDIDATE).astype("<u8", copy=False).view("<u4")  # (n, 200)
+        draws = (draws & np.uint32(0xFFFFFF00)) | np.arange(POOL, dtype=np.uint32)
+        count = min(self._num_candidates, POOL)
+        largest = np.partition(draws, count - 1, axis=1)[:, count - 1 : count]
+        return np.flatnonzero(draws <= largest).reshape(len(draws), count) - POOL * np.arange(len(draws))[:, None]
+
+    def _fatigue(self, sessions: Sessions, items: Indices) -> Doubles:
+        """(n, K) of the items' categories."""
+        at = self._category.take(items) + NUM_CATEGORIES * np.arange(len(items))[:, None]
+        return np.ascontiguousarray(sessions.fatigue).reshape(-1).take(at)
 
     def truth(self, sessions: Sessions, items: Indices) -> Truth:
         """What the next page's pairs of n sessions would bring. Nothing is drawn.
@@ -203,10 +232,9 @@ class World:
             sessions: n of them.
             items: (n, K).
         """
-        fatigue = np.take_along_axis(sessions.fatigue, self._category[items], axis=1)
-        users = sessions.users[:, None]
-        logits = self._truth(users, items, fatigue, sessions.satisfaction[:, None])
-        pref, q, b = self._pref(users, items), self._item[items][..., 3], self._item[items][..., 4]
+        fatigue, users = self._fatigue(sessions, items), sessions.users[:, None]
+        pref, q, b = self._pref(users, items), self._item[items, 3], self._item[items, 4]
+        logits = self._truth(pref, users, items, fatigue, sessions.satisfaction[:, None])
         return Truth(
             sigmoid(logits[..., 0]),
             logits[..., 2],
@@ -241,8 +269,8 @@ class World:
         forward = examined & (passing < truth.forward)
         dislike = examined & (disliking < truth.dislike)
         sessions.satisfaction = np.clip(0.85 * sessions.satisfaction + 0.3 * truth.gain.mean(1), -3, 3)
-        exposed = np.zeros_like(sessions.fatigue)
-        np.add.at(exposed, (np.arange(len(shown))[:, None], self._category[shown]), 1.0)
+        at = self._category[shown] + NUM_CATEGORIES * np.arange(len(shown))[:, None]
+        exposed = np.bincount(at.ravel(), minlength=sessions.fatigue.size).reshape(sessions.fatigue.shape)
         sessions.fatigue = EMA * sessions.fatigue + (1 - EMA) * exposed
         valid = watch > VALID_S
         seen = np.stack([click, np.log1p(watch) / 3, valid, watch < 3, self._bait_proxy[shown], like | comment], -1).mean(1)

@@ -132,9 +132,8 @@ def test_upstream_scores_know_the_truth_only_in_part(world: World) -> None:
     sessions, page = begin(world, 400)
     assert page.scores.min() > 0
     np.testing.assert_allclose(page.scores.mean((0, 1)), 1.0, atol=0.15)
-    truth = world._truth(
-        sessions.users[:, None], page.items, page.item_features[..., 5].astype(float), sessions.satisfaction[:, None]
-    )  # (n, N, 5)
+    users, pref = sessions.users[:, None], world._pref(sessions.users[:, None], page.items)
+    truth = world._truth(pref, users, page.items, page.item_features[..., 5].astype(float), sessions.satisfaction[:, None])  # (n, N, 5)
     for h in range(truth.shape[-1]):
         known = np.corrcoef(np.log(page.scores[..., h]).ravel(), truth[..., h].ravel())[0, 1]
         assert 0.3 < known < 0.9, f"score {h} knows {known:.2f} of the truth"
