@@ -17,25 +17,28 @@ class Variant(msgspec.Struct, frozen=True):
 
 SHARED = ("exploration.explore_share=0.25", "exploration.exploit_share=0.75")
 
+NARROW = ("exploration.low=-0.15", "exploration.high=0.15")
+"""The papers' bounds: what the others were tuned with."""
+
 METHODS = {
     CONTROL: Variant("static", what="control: hand-made weights"),
     "enhancedrl": Variant("enhancedrl", what="this project's default"),
     "enhancedrl-25%": Variant("enhancedrl", SHARED, what="the default, 25 % of users explore, 75 % exploit; learns from all"),
-    "enhancedrl-list-sum": Variant("enhancedrl-list-sum", what="the paper's critics, listwise actor"),
-    "enhancedrl-per-pair": Variant("enhancedrl-per-pair", what="per-pair TD, listwise actor"),
-    "enhancedrl-printed": Variant("enhancedrl-printed", what="the paper to the letter"),
-    "unifiedrl": Variant("unifiedrl", what="one action per request, 2 x 24 critics"),
+    "enhancedrl-list-sum": Variant("enhancedrl-list-sum", NARROW, what="the paper's critics, listwise actor"),
+    "enhancedrl-per-pair": Variant("enhancedrl-per-pair", NARROW, what="per-pair TD, listwise actor"),
+    "enhancedrl-printed": Variant("enhancedrl-printed", NARROW, what="the paper to the letter"),
+    "unifiedrl": Variant("unifiedrl", NARROW, what="one action per request, 2 x 24 critics"),
     "cem": Variant("cem", what="one global vector, cross-entropy method"),
     "cma-es": Variant("cma-es", what="one global vector, CMA-ES"),
     "optuna": Variant("optuna", what="one global vector, Optuna (TPE)"),
-    "supervised": Variant("supervised", what="per-item reward predictor, ranks past the formula"),
-    "supervised-weights": Variant("supervised-weights", what="per-pair weights by a supervised listwise loss"),
-    "td3": Variant("td3", what="one action per request"),
-    "td3-bc": Variant("td3-bc", what="TD3 with behaviour cloning"),
-    "batchrl-mtf": Variant("batchrl-mtf", what="BCQ with a VAE, one action per request"),
-    "sac": Variant("sac", what="RLlib's, one action per request"),
-    "cql": Variant("cql", what="RLlib's, one action per request"),
-    "iql": Variant("iql", what="RLlib's, one action per request"),
+    "supervised": Variant("supervised", NARROW, what="per-item reward predictor, ranks past the formula"),
+    "supervised-weights": Variant("supervised-weights", NARROW, what="per-pair weights by a supervised listwise loss"),
+    "td3": Variant("td3", NARROW, what="one action per request"),
+    "td3-bc": Variant("td3-bc", NARROW, what="TD3 with behaviour cloning"),
+    "batchrl-mtf": Variant("batchrl-mtf", NARROW, what="BCQ with a VAE, one action per request"),
+    "sac": Variant("sac", NARROW, what="RLlib's, one action per request"),
+    "cql": Variant("cql", NARROW, what="RLlib's, one action per request"),
+    "iql": Variant("iql", NARROW, what="RLlib's, one action per request"),
 }
 
 

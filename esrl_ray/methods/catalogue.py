@@ -19,15 +19,17 @@ from esrl_ray.methods.td3 import TD3_BC, Td3
 Make = Callable[[str, Config, int], Method]
 """A method from its name, a deployment and a seed."""
 
+PUBLISHED = {"gamma": 0.9, "critics_per_group": 2, "actor_lr": 3e-4}
+"""The papers' discount, and what worked with their critics: more than two of each group change nothing."""
+
 ENHANCEDRL: dict[str, dict[str, Any]] = {
     "enhancedrl": {},
-    "enhancedrl-split": {"critic": "split", "critics_per_group": 3, "gamma": 0.98, "actor_lr": 1e-3},
-    "enhancedrl-list-sum": {"critic": "list_sum"},
-    "enhancedrl-per-pair": {"critic": "per_pair"},
-    "enhancedrl-printed": {"critic": "list_sum", "actor_loss": "printed"},
-    "unifiedrl": {"critic": "list_sum", "level": "request", "actor_loss": "printed", "critics_per_group": 24},
+    "enhancedrl-list-sum": {**PUBLISHED, "critic": "list_sum"},
+    "enhancedrl-per-pair": {**PUBLISHED, "critic": "per_pair"},
+    "enhancedrl-printed": {**PUBLISHED, "critic": "list_sum", "actor_loss": "printed"},
+    "unifiedrl": {**PUBLISHED, "critic": "list_sum", "level": "request", "actor_loss": "printed", "critics_per_group": 24},
 }
-"""Learner settings of the methods that are EnhancedRL's update with other losses."""
+"""Learner settings of the methods that are EnhancedRL's update with other losses; `enhancedrl` is what the deployment configures."""
 
 SEARCH: dict[str, tuple[MakeSearcher, SearchSettings]] = {
     "cem": (Cem, SearchSettings()),
