@@ -1,8 +1,10 @@
 """TD3 and TD3+BC at the level of requests: the off-policy peers that a plain reading of the literature gives.
 
 Published: twin critics, the smaller of both in the target, target smoothing, delayed policy updates (arXiv 1802.09477); the behaviour
-cloning term with its normalised weight (arXiv 2106.06860). Ours: the action input of critics and the cloning term in units of the
-exploration bounds' width; target noise of their size; an actor that starts at the control policy; exploration that is UnifiedRL's.
+cloning term with its normalised weight (arXiv 2106.06860); Gaussian exploration, N(0, .2^2) before UnifiedRL bounded it. Ours: the unit of
+actions in critics and cloning term; smoothing noise of a size that fits it; an actor that starts at the control policy; step sizes and
+alpha, tuned on one simulated world: with 3e-4 the actor of TD3 saturates within a round (11.4 reward per session, control 17.0), with
+uniform exploration of +-.15 it ends at 16.5, with these settings at 19.4.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ class Td3Settings:
 
     gamma: float = 0.9
     critic_lr: float = 1e-3  # Adam
-    actor_lr: float = 3e-4  # Adam
+    actor_lr: float = 3e-5  # Adam; nothing else holds the actor of TD3 back
     policy_delay: int = 2  # critic steps per actor step and per soft update
     target_noise: float = 0.05  # standard deviation of the smoothing noise, in units of actions
     noise_clip: float = 0.1  # largest smoothing noise
     soft_update: float = 0.01  # Polyak step of the targets, every `policy_delay` steps
     cloning_alpha: float | None = None  # TD3+BC's alpha; None = TD3
-    explore_std: float | None = None  # Gaussian exploration; None = uniform in the deployment's bounds
+    explore_std: float | None = 0.2  # of Gaussian exploration; None = uniform in the deployment's bounds
 
 
-TD3_BC = Td3Settings(cloning_alpha=2.5)
+TD3_BC = Td3Settings(actor_lr=3e-4, cloning_alpha=10.0)
 
 
 class Td3Result(NamedTuple):
@@ -75,8 +77,8 @@ class Td3:
             )
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self._actor_optimiser = torch.optim.Adam(list(self.actor.parameters()), lr=self.settings.actor_lr, foreach=True)
-        self._critic_optimiser = torch.optim.Adam(list(self.critics.parameters()), lr=self.settings.critic_lr, foreach=True)
+        self._actor_optimiser = torch.optim.Adam(list(self.actor.parameters()), lr=self.settings.actor_lr, fused=True)
+        self._critic_optimiser = torch.optim.Adam(list(self.critics.parameters()), lr=self.settings.critic_lr, fused=True)
 
     def exploration(self) -> Exploration:
         """Around the newest policy, one draw per request."""
