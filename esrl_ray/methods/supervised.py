@@ -31,13 +31,13 @@ WEIGHTS_LR = 1e-3
 
 
 class Lists(NamedTuple):
-    """B lists with their pairs, padded to G."""
+    """B lists with their shown pairs, padded to the L of the longest."""
 
-    numeric: torch.Tensor  # (B, G, F + k) normalised
-    categorical: torch.Tensor  # (B, G, C) int64
-    scores: torch.Tensor  # (B, G, k) raw
-    rewards: torch.Tensor  # (B, G) groups summed with their weights, in standard deviations of a shown pair's reward
-    shown: torch.Tensor  # (B, G)
+    numeric: torch.Tensor  # (B, L, F + k) normalised
+    categorical: torch.Tensor  # (B, L, C) int64
+    scores: torch.Tensor  # (B, L, k) raw
+    rewards: torch.Tensor  # (B, L) groups summed with their weights, in standard deviations of a shown pair's reward
+    shown: torch.Tensor  # (B, L) 0 in padding
 
 
 class ListRounds:
@@ -83,10 +83,11 @@ class ListRounds:
     def draw(self, steps: Steps, lists: Indices) -> Lists:
         """A batch of these lists, drawn with replacement."""
         assert self._normaliser is not None, "draw comes after begin"
-        drawn = self._rng.choice(lists, self.config.learner.batch_size)
-        states, codes, scores, rewards, shown = (
-            steps.columns[name][drawn] for name in ("states", "categorical", "scores", "rewards", "shown")
-        )
+        c, drawn = steps.columns, self._rng.choice(lists, self.config.learner.batch_size)
+        masks = c["shown"][drawn]
+        pairs = np.argsort(-masks, axis=1, kind="stable")[:, : int(masks.sum(1).max())]  # (B, L)
+        names = ("states", "categorical", "scores", "rewards", "shown")
+        states, codes, scores, rewards, shown = (c[name][drawn[:, None], pairs] for name in names)
         numeric = (numeric_input(states, scores) - self._normaliser.mean) / self._normaliser.std
         return Lists(
             numeric=torch.from_numpy(numeric),
@@ -191,7 +192,7 @@ class SupervisedWeights:
         return self._anchor
 
     def update(self, batch: Lists, anchors: torch.Tensor) -> float:
-        """One gradient step; the loss before it. `anchors` (B, G, A)."""
+        """One gradient step; the loss before it. `anchors` (B, L, A)."""
         learner, actions = self._learner, self.actor(batch.numeric, batch.categorical)
         over = losses.excess(actions, anchors, self._bounds)
         loss = losses.listwise_actor_loss(
@@ -215,6 +216,6 @@ class SupervisedWeights:
 
 
 def reward_loss(predicted: torch.Tensor, rewards: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """`mean over shown pairs of (f(s_j) - r_j)^2`; all (B, G), padding and unshown pairs contribute exactly 0."""
+    """`mean over shown pairs of (f(s_j) - r_j)^2`; all (B, L), padding contributes exactly 0."""
     assert predicted.shape == rewards.shape == shown.shape, (predicted.shape, rewards.shape, shown.shape)
     return ((predicted - rewards).square() * shown).sum() / shown.sum().clamp_min(1.0)
