@@ -1,0 +1,236 @@
+"""Offline training through RLlib: to the same result after a stop or a kill, on local and remote learners, and as a job on a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from click.testing import CliRunner
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_actors
+
+from esrl_ray.actors import NAMESPACE
+from esrl_ray.cli.train import train
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import MethodError
+from esrl_ray.learning.algorithm import EnhancedRLConfig
+from esrl_ray.learning.offline import OfflineTraining
+from esrl_ray.learning.offline_run import OfflineRun, begin, settings_digest
+from esrl_ray.policy.policy import Policy, PolicyKind
+from esrl_ray.replay.steps import Steps
+from streaming.steplog import StepLog, WorkerState
+from tests.step_tables import simulated_steps, step_table
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+
+ROOT = Path(__file__).resolve().parents[2]
+SET = ["learner.batch_size=16", "learner.updates_per_call=4", "learner.hidden_sizes=[16]", "learner.soft_update_every=5"]
+NUM_GRADIENT_STEPS = 64
+WAIT_S = 400.0  # for what takes half a minute on a quiet machine
+
+
+def deployment(*more: str) -> Config:
+    return load_config("configs/demo.yaml", [*SET, *more])
+
+
+@pytest.fixture(scope="module")
+def steps() -> Steps:
+    return simulated_steps(deployment(), 300)
+
+
+@pytest.fixture(scope="module")
+def step_log(steps: Steps, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a step log."""
+    folder, spec = tmp_path_factory.mktemp("run"), deployment().spec.build()
+    log = StepLog(folder / "log" / spec.digest, "ingest-0", "one", spec)
+    log.commit(WorkerState(commit=0, incarnation="one", positions={}, joiners={}, committed_ms=0), step_table(steps))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The command takes the signals; tests give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Clock:
+    """Milliseconds that pass by themselves: one second at every look."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        self.now += 1000
+        return self.now
+
+
+def training(steps: Steps, folder: Path, config: Config | None = None, *, until: int = NUM_GRADIENT_STEPS, **more: Any) -> OfflineTraining:
+    wanted = EnhancedRLConfig().training(deployment=config or deployment(), seed=5)
+    run = OfflineRun("enhancedrl", "made up", len(steps), {"ingest-0": 0}, 5, "")
+    return OfflineTraining(
+        wanted, run, steps, folder=folder, num_gradient_steps=until, clock_ms=Clock(), say=more.get("say", lambda _: None)
+    )
+
+
+@pytest.fixture(scope="module")
+def learnt(steps: Steps, tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """What one local learner learns without interruption."""
+    result = training(steps, tmp_path_factory.mktemp("whole")).run(threading.Event())
+    assert result.policy is not None and result.gradient_steps == NUM_GRADIENT_STEPS
+    return result.policy
+
+
+def test_a_policy_says_what_it_was_learnt_from(steps: Steps, learnt: Policy) -> None:
+    manifest = learnt.manifest
+    assert manifest.kind is PolicyKind.PAIR and manifest.gradient_steps == NUM_GRADIENT_STEPS
+    assert manifest.lineage == {"ingest-0": 0} and manifest.note == "enhancedrl, offline"
+    states, codes, scores = (steps.columns[name][:50] for name in ("states", "categorical", "scores"))
+    assert abs(learnt.act(states, codes, scores)).max() > 1e-3  # no longer the control policy
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_policy(steps: Steps, learnt: Policy, tmp_path: Path) -> None:
+    stop, lines = threading.Event(), list[str]()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        stop.set()
+
+    first = training(steps, tmp_path, say=say, until=10_000).run(stop)
+    assert first.policy is None and 0 < first.gradient_steps < 10_000
+    assert lines[0].startswith(f"gradient step {first.gradient_steps} of 10,000") and "critic loss" in lines[0]
+    again = training(steps, tmp_path, until=first.gradient_steps + 3).run(threading.Event())  # rounded up to whole calls of 4
+    assert again.gradient_steps == first.gradient_steps + 4
+    whole = training(steps, tmp_path / "whole", until=first.gradient_steps + 4).run(threading.Event())
+    assert again.policy is not None and whole.policy is not None
+    assert again.policy.manifest.digest == whole.policy.manifest.digest != learnt.manifest.digest
+
+
+def test_a_run_goes_on_only_with_what_it_was_started_with(tmp_path: Path) -> None:
+    config = deployment()
+    run = OfflineRun("enhancedrl", "a log", 300, {}, 0, settings_digest(config))
+    begin(tmp_path, run, resume=False)
+    begin(tmp_path, run, resume=True)
+    with pytest.raises(MethodError, match="go on with --resume"):
+        begin(tmp_path, run, resume=False)
+    for other, text in [
+        (OfflineRun("td3", "a log", 300, {}, 0, run.settings), "started with method enhancedrl, now it is td3"),
+        (OfflineRun("enhancedrl", "a log", 301, {}, 0, run.settings), "num_steps 300"),
+        (OfflineRun("enhancedrl", "a log", 300, {}, 0, settings_digest(deployment("learner.gamma=0.5"))), "settings"),
+    ]:
+        with pytest.raises(MethodError, match=text):
+            begin(tmp_path, other, resume=True)
+    assert settings_digest(deployment("learner.num_learners=2", "run.dir=elsewhere")) == run.settings
+
+
+def test_learning_that_diverges_says_so(steps: Steps, tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=r"diverged at gradient step.*lower learner.critic_lr"):
+        training(steps, tmp_path, deployment("learner.critic_lr=1e30"), until=400).run(threading.Event())
+
+
+def test_the_command_learns_and_resumes(step_log: Path, tmp_path: Path) -> None:
+    sets = [part for text in SET for part in ("--set", text)]
+    arguments = ["--config", "configs/demo.yaml", *sets, "--log", str(step_log), "--out", str(tmp_path), "--seed", "5"]
+    result = CliRunner().invoke(train, [*arguments, "--steps", "16"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    for line in (
+        "method          enhancedrl, seed 5",
+        "gradient steps  16",
+        "losses          critic ",
+        f"policy          {tmp_path}/policy",
+    ):
+        assert line in result.output
+    first = Policy.load(tmp_path / "policy")
+    assert first.manifest.lineage == {"ingest-0": 0}
+    result = CliRunner().invoke(train, [*arguments, "--steps", "24", "--resume"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    second = Policy.load(tmp_path / "policy")
+    assert (first.manifest.gradient_steps, second.manifest.gradient_steps) == (16, 24)
+    assert first.manifest.digest != second.manifest.digest
+
+
+def test_the_number_of_gradient_steps_holds_for_other_methods(step_log: Path, tmp_path: Path) -> None:
+    sets = [part for text in SET for part in ("--set", text)]
+    arguments = ["--config", "configs/demo.yaml", *sets, "--log", str(step_log), "--method", "td3", "--steps", "20"]
+    result = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert Policy.load(tmp_path / "policy").manifest.gradient_steps == 20
+
+
+def test_a_killed_command_goes_on_to_the_same_policy(steps: Steps, tmp_path: Path) -> None:
+    pq.write_table(step_table(steps), tmp_path / "steps.parquet")
+    sets = [part for text in [*SET, "learner.checkpoint_interval_s=0.05"] for part in ("--set", text)]
+    arguments = ["--config", "configs/demo.yaml", *sets, "--log", str(tmp_path / "steps.parquet"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "esrl_ray.cli.main", "train", *arguments, "--steps", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints, deadline = tmp_path / "out" / "checkpoints", time.monotonic() + WAIT_S
+    while not (done := sorted(checkpoints.glob("[0-9]*"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    result = CliRunner().invoke(train, [*arguments, "--steps", "1", "--resume"])  # fewer than are done: it only saves the policy
+    assert result.exit_code == 0, (result.output, result.exception)
+    resumed = Policy.load(tmp_path / "out" / "policy")
+    number = resumed.manifest.gradient_steps
+    assert done and number >= 4
+    whole = [*arguments[:-1], str(tmp_path / "whole"), "--steps", str(number)]
+    assert CliRunner().invoke(train, whole).exit_code == 0
+    assert Policy.load(tmp_path / "whole" / "policy").manifest.digest == resumed.manifest.digest
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """Address for jobs of a local cluster."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=True, dashboard_port=port, log_to_driver=False)
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+
+
+def test_two_learners_learn_from_twice_the_transitions(steps: Steps, learnt: Policy, dashboard: str, tmp_path: Path) -> None:
+    result = training(steps, tmp_path, deployment("learner.num_learners=2")).run(threading.Event())
+    assert result.policy is not None and result.gradient_steps == NUM_GRADIENT_STEPS
+    assert result.policy.manifest.digest != learnt.manifest.digest
+
+
+def test_a_job_survives_kill_9_of_its_learner(step_log: Path, learnt: Policy, dashboard: str, tmp_path: Path) -> None:
+    more = ["learner.num_learners=1", "learner.checkpoint_interval_s=0.5"]
+    sets = " ".join(f"--set '{text}'" for text in [*SET, *more])
+    command = (
+        f"{sys.executable} -m esrl_ray.cli.main train --config configs/demo.yaml {sets} --log {step_log} --out {tmp_path} --steps 1000"
+    )
+    client = JobSubmissionClient(dashboard)
+    job = client.submit_job(entrypoint=f"cd {ROOT} && {command}")
+    pid = None
+    deadline = time.monotonic() + WAIT_S
+    while pid is None or not list((tmp_path / "checkpoints").glob("[0-9]*")):
+        assert time.monotonic() < deadline and not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        alive = list_actors(filters=[("state", "=", "ALIVE")])
+        found = [actor.pid for actor in alive if actor.class_name.endswith("_WrappedExecutable")]  # a learner, as Ray Train calls it
+        pid = found[0] if found else None
+        time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.5)
+    logs = client.get_job_logs(job)
+    assert client.get_job_status(job) is JobStatus.SUCCEEDED, logs
+    assert "learners lost, going on from the newest checkpoint" in logs
+    assert Policy.load(tmp_path / "policy").manifest.gradient_steps == 1000
