@@ -16,6 +16,7 @@ Facts of RLlib 2.60 that this file depends on:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -55,8 +56,17 @@ IQL_EXPECTILE, IQL_BETA = 0.8, 1.0
 """RLlib's expectile; the largest inverse temperature that its MARWIL allows (3 is published, RLlib's default .1 is nearly cloning)."""
 
 
-STEPS_SHARE = {"sac": 1.0, "cql": 0.5, "iql": 1.0}
-"""Share of the gradient steps that the new steps allow, by default: 24, 50 and 25 ms each on one core, 25 s for 10,000 new steps."""
+@dataclass(frozen=True, slots=True)
+class PeerSettings:
+    """Learning rates are RLlib's own; with the deployment's (tenfold for SAC's actor) SAC left its data within two rounds."""
+
+    actor_lr: float  # Adam
+    critic_lr: float  # Adam, of critics, of SAC's temperature and of IQL's value network
+    steps_share: float = 1.0  # gradient steps, as a share of those that the new steps allow
+
+
+SETTINGS = {"sac": PeerSettings(3e-5, 3e-4), "cql": PeerSettings(1e-4, 1e-3, steps_share=0.5), "iql": PeerSettings(3e-4, 3e-4)}
+"""A gradient step takes 23, 50 and 25 ms on one core at batch 128 and 64-64: 25 s for 10,000 new steps at 12.8 samples per insert."""
 
 
 class RLlibPeer:
@@ -64,18 +74,21 @@ class RLlibPeer:
 
     Args:
         name: `sac`, `cql` or `iql`.
-        config: Deployment; discount, batch size, learning rates, hidden sizes and bounds are its own.
+        config: Deployment: discount, batch size, hidden sizes, bounds.
         seed: Of parameters and sampling.
-        gradient_steps: In each `fit`, rounded to whole calls of `UPDATES_PER_CALL`; default: `STEPS_SHARE`.
+        gradient_steps: In each `fit`, rounded to whole calls of `UPDATES_PER_CALL`; default: `settings.steps_share`.
+        settings: Instead of `SETTINGS`.
 
     Raises:
         MethodError: there is no such algorithm, or the spec has no numeric feature of user or context.
     """
 
-    def __init__(self, name: str, config: Config, *, seed: int, gradient_steps: int | None = None) -> None:
+    def __init__(
+        self, name: str, config: Config, *, seed: int, gradient_steps: int | None = None, settings: PeerSettings | None = None
+    ) -> None:
         if name not in PEERS:
             raise MethodError(f"no RLlib peer {name!r}", "method", f"take one of {', '.join(PEERS)}")
-        self.name, self._config, self._gradient_steps = name, config, gradient_steps
+        self.name, self._config, self._gradient_steps, self.settings = name, config, gradient_steps, settings or SETTINGS[name]
         self._rounds = RequestRounds(name, config, seed=seed)
         if not self._rounds.spec.request_inputs:
             raise MethodError(f"{name} sees user and context only, and spec has no numeric feature of either", "spec", "add one")
@@ -93,13 +106,13 @@ class RLlibPeer:
             MethodError: no step has a known next list or end.
         """
         requests, allowed = self._rounds.begin(steps)
-        wanted = allowed * STEPS_SHARE[self.name] if self._gradient_steps is None else self._gradient_steps
+        wanted = allowed * self.settings.steps_share if self._gradient_steps is None else self._gradient_steps
         calls = round(wanted / UPDATES_PER_CALL)
         with TemporaryDirectory(prefix=f"esrl-{self.name}-") as folder, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self._rng.integers(2**62)))
             write_records(to_records(requests, steps.sessions, self._rounds.spec), Path(folder))
             if self._algorithm is None:
-                self._algorithm = build(self.name, self._config, folder, seed=self._seed)
+                self._algorithm = build(self.name, self._config, folder, seed=self._seed, settings=self.settings)
             else:
                 self._algorithm.offline_data.read(Path(folder))
             for _ in range(calls):
@@ -152,17 +165,17 @@ def to_actor(module: RLModule, spec: Spec, hidden_sizes: Sequence[int], embeddin
     return actor
 
 
-def build(name: str, config: Config, folder: str, *, seed: int) -> Algorithm:
+def build(name: str, config: Config, folder: str, *, seed: int, settings: PeerSettings) -> Algorithm:
     """One of RLlib's algorithms that reads a folder of records; it needs no running Ray."""
     learner, spec = config.learner, config.spec.build()
-    rllib: AlgorithmConfig = PEERS[name](config)
+    rllib: AlgorithmConfig = PEERS[name](settings)
     rllib._is_online = False
     rllib.environment(
         observation_space=gym.spaces.Box(-np.inf, np.inf, (len(spec.request_inputs),), np.float32),
         action_space=gym.spaces.Box(-1.0, 1.0, (spec.num_actions,), np.float32),
     )
     rllib.training(gamma=learner.gamma, lr=None, train_batch_size_per_learner=learner.batch_size, tau=1 - (1 - TAU) ** UPDATES_PER_CALL)
-    rllib.training(actor_lr=learner.actor_lr, critic_lr=learner.critic_lr)
+    rllib.training(actor_lr=settings.actor_lr, critic_lr=settings.critic_lr)
     rllib.rl_module(
         model_config=DefaultModelConfig(
             fcnet_hiddens=list(learner.hidden_sizes),
@@ -179,19 +192,18 @@ def build(name: str, config: Config, folder: str, *, seed: int) -> Algorithm:
     return rllib.build_algo()
 
 
-def _cql(config: Config) -> AlgorithmConfig:
-    lr = config.learner.critic_lr
-    return CQLConfig().training(bc_iters=0, min_q_weight=CQL_WEIGHT, num_actions=CQL_ACTIONS, alpha_lr=lr)
-
-
-def _sac(config: Config) -> AlgorithmConfig:
-    sac = CQLConfig().training(alpha_lr=config.learner.critic_lr).learners(learner_class=SACTorchLearner)
+def _sac(settings: PeerSettings) -> AlgorithmConfig:
+    sac = CQLConfig().training(alpha_lr=settings.critic_lr).learners(learner_class=SACTorchLearner)
     return sac.rl_module(rl_module_spec=RLModuleSpec(module_class=DefaultSACTorchRLModule))
 
 
-def _iql(config: Config) -> AlgorithmConfig:
-    return IQLConfig().training(expectile=IQL_EXPECTILE, beta=IQL_BETA, value_lr=config.learner.critic_lr)
+def _cql(settings: PeerSettings) -> AlgorithmConfig:
+    return CQLConfig().training(bc_iters=0, min_q_weight=CQL_WEIGHT, num_actions=CQL_ACTIONS, alpha_lr=settings.critic_lr)
 
 
-PEERS: dict[str, Callable[[Config], AlgorithmConfig]] = {"sac": _sac, "cql": _cql, "iql": _iql}
+def _iql(settings: PeerSettings) -> AlgorithmConfig:
+    return IQLConfig().training(expectile=IQL_EXPECTILE, beta=IQL_BETA, value_lr=settings.critic_lr)
+
+
+PEERS: dict[str, Callable[[PeerSettings], AlgorithmConfig]] = {"sac": _sac, "cql": _cql, "iql": _iql}
 """What distinguishes them."""

@@ -25,7 +25,7 @@ from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.offline_input import FILE, LoggedRequests, to_records, write_records
-from esrl_ray.learning.rllib_peers import PEERS, UPDATES_PER_CALL, RLlibPeer
+from esrl_ray.learning.rllib_peers import PEERS, UPDATES_PER_CALL, PeerSettings, RLlibPeer
 from esrl_ray.methods.request_level import Requests
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.policy.policy import Policy, PolicyKind
@@ -146,13 +146,13 @@ def test_our_reading_gives_the_learner_what_rllib_s_own_reading_gives_it(
 
 @pytest.mark.parametrize(("name", "gradient_steps"), [("sac", 50), ("cql", 50), ("iql", 200)])
 def test_a_peer_moves_towards_actions_that_pay(name: str, gradient_steps: int, config: Config, steps: Steps) -> None:
-    learner = config.learner.model_copy(update={"gamma": 0.0, "actor_lr": 1e-2, "critic_lr": 1e-2})
+    bandit = config.model_copy(update={"learner": config.learner.model_copy(update={"gamma": 0.0})})
     rewards, actions = steps.columns["rewards"], steps.columns["actions"]
     logged = rewards.copy()
     try:
         rewards[:] = 0
         rewards[:, 0, 0] = 60 * (actions[:, 0, 0] - actions[:, 0, 1])  # the first pair is shown: more of power 0, less of power 1
-        peer = RLlibPeer(name, config.model_copy(update={"learner": learner}), seed=2, gradient_steps=gradient_steps)
+        peer = RLlibPeer(name, bandit, seed=2, gradient_steps=gradient_steps, settings=PeerSettings(1e-2, 1e-2))
         chosen = actions_of(peer.fit(steps), steps)[:, 0].mean(0)
     finally:
         rewards[:] = logged
