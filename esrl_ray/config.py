@@ -229,6 +229,9 @@ class LearnerConfig(Section):
         "split", description="Reward and long-term value apart, TD on the sum over the list (the paper), or per pair (ablation)."
     )
     trace: float = Field(0.5, ge=0, le=1, description="Trace of lambda-returns; critic split [lambda].")
+    long_term_weight: float = Field(
+        1.0, ge=0, description="Weight of long-term value beside reward in the actor's advantages; critic split."
+    )
     horizon: Positive = Field(10, description="Next lists of the session in lambda-returns; critic split [H].")
     level: Literal["pair", "request"] = Field(
         "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."

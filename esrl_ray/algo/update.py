@@ -322,8 +322,9 @@ def _actor_step(state: LearnState, batch: Batch, average: Average | None) -> tup
 
     def pair_values() -> torch.Tensor:  # (B, P)
         if isinstance(networks.critics, SplitCritics):
-            parts = _values(networks.critics.pairs, batch.numeric, batch.categorical)  # (2, m, B, P)
-            return losses.pessimistic_values(parts.sum(0, keepdim=True), [1.0], std_penalty=learner.std_penalty)
+            reward, long_term = _values(networks.critics.pairs, batch.numeric, batch.categorical)  # (m, B, P) each
+            value = (reward + learner.long_term_weight * long_term).unsqueeze(0)
+            return losses.pessimistic_values(value, [1.0], std_penalty=learner.std_penalty)
         relative = losses.relative_actions(actions, batch.anchors, bounds)
         values = _values(networks.critics, batch.numeric, batch.categorical, relative)
         return losses.pessimistic_values(values, weights, std_penalty=learner.std_penalty)
