@@ -135,9 +135,7 @@ def run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 def table(lines: Sequence[dict[str, Any]], *, supported: bool) -> list[str]:
     """Bias, error, coverage and rank correlation of each estimator, over all lines or over those with support."""
     chosen = [entry for entry in lines if not supported or not entry["faults"]]
-    text = [
-        "| estimate | n | bias | root mean square error | coverage of 95 % | difference: bias | coverage | Spearman in a log, mean (least) |"
-    ]
+    text = ["| estimate | n | bias | RMSE | coverage of 95 % | difference: bias | coverage | Spearman by log: mean (least) |"]
     text.append("|---|---|---|---|---|---|---|---|")
     for name in NAMES:
         of = [entry for entry in chosen if name in entry["estimates"]]

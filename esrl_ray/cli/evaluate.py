@@ -39,6 +39,9 @@ from streaming.steplog import list_workers, read_steps
 @click.option("--context", help="Categorical feature for MTF-GAUC by user x context.")
 @click.option("--plus-one/--reward-only", default=True, show_default=True, help="Weight of an exposure in MTF-GAUC: reward + 1, or reward.")
 @click.option("--gamma", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Discount; 1 = reward per session.")
+@click.option(
+    "--updates", type=click.IntRange(0), default=600, show_default=True, help="Gradient steps of the features; 0 = inputs as they are."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, features, resamples.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
@@ -52,6 +55,7 @@ def evaluate(
     context: str | None,
     plus_one: bool,
     gamma: float,
+    updates: int,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -70,7 +74,9 @@ def evaluate(
     steps = Steps.from_table(table, config)
     pairs = shown_pairs(steps, config, label=label_of(config, label), plus_one=plus_one, context=context)
     gauc = gauc_of_policies([policies["against"], policies["policy"]], pairs, seed=seed)
-    asked = OffPolicy(steps, config, num_candidates=table["num_candidates"].to_numpy(), seed=seed, settings=Settings(gamma=gamma))
+    asked = OffPolicy(
+        steps, config, num_candidates=table["num_candidates"].to_numpy(), seed=seed, settings=Settings(gamma=gamma, num_updates=updates)
+    )
     values = {name: asked.value(policy) for name, policy in policies.items()}
     report = _report(values, {name: msgspec.to_builtins(entries) for name, entries in gauc.items()}, asked)
     if as_json:

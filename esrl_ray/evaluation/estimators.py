@@ -42,7 +42,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class FixedPoint:
-    """Sums per group of users whose ratio is the value of a policy: `v = phi0' A^-1 b`.
+    """Sums, one entry per group of users or per resample of them, whose ratio is the value of a policy: `v = phi0' A^-1 b`.
 
     Fitted Q evaluation repeats `w <- argmin sum (phi_t w - r_t - gamma phi'_t w)^2` with phi'_t the features of the list that the policy
     would show next (0 after the end). For values linear in phi it converges to `A w = b`, `A = sum phi (phi - gamma phi')'`,
@@ -88,48 +88,53 @@ class FixedPoint:
         width = taken.shape[1]
         a = np.zeros((count, width, width))
         b, starts, gap, squares = np.zeros((4, count, width))
+        enters = np.flatnonzero(known)
+        enters = enters[np.argsort(groups[enters], kind="stable")]
+        ends = np.searchsorted(groups[enters], np.arange(count + 1))
         for group in range(count):
-            mine = np.flatnonzero(known & (groups == group))
+            mine = enters[ends[group] : ends[group + 1]]
             a[group] = taken[mine].T @ moved[mine]
             b[group] = rewards[mine] @ taken[mine]
             gap[group] = (chosen[mine] - taken[mine]).sum(0)
             squares[group] = (taken[mine] ** 2).sum(0)
-            starts[group] = chosen[first & (groups == group)].sum(0)
+        np.add.at(starts, groups[first], chosen[first])
         sessions = np.bincount(groups[first], minlength=count).astype(np.float64)
         return cls(a, b, starts, sessions, gap, squares)
 
-    def matrix(self, counts: Doubles) -> Doubles:
-        """(R, d, d) A of each resample, ridge included; `counts` (R, U) says how often each group was drawn."""
-        num, width = self.b.shape
-        summed: Doubles = (counts @ self.a.reshape(num, -1)).reshape(-1, width, width)
-        diagonal = np.arange(width)
-        summed[:, diagonal, diagonal] += RIDGE * (counts @ self.squares) + 1e-9
-        return summed
-
-    def weights(self, counts: Doubles, *, conservative: float = 0.0) -> Doubles:
-        """(R, d) w of each resample.
+    def drawn(self, counts: Doubles) -> Self:
+        """The sums of each resample of groups: R entries instead of U.
 
         Args:
             counts: (R, U) how often each group was drawn.
-            conservative: alpha.
         """
-        b = counts @ (self.b - conservative / 2 * self.gap)
-        return _solved(self.matrix(counts), b)
+        num, width = self.b.shape
+        a = (counts @ self.a.reshape(num, -1)).reshape(-1, width, width)
+        rest = (counts @ sums for sums in (self.b, self.starts, self.sessions, self.gap, self.squares))
+        return type(self)(a, *rest)
 
-    def ratios(self, counts: Doubles) -> Doubles:
-        """(R, d) z, so that `phi_t z` is the ratio of the policy's visits to the log's that linear values imply.
+    def weights(self, *, conservative: float = 0.0) -> Doubles:
+        """(U, d) w, each of its own sums; `conservative` is alpha."""
+        return _solved(self._ridged(), self.b - conservative / 2 * self.gap)
+
+    def ratios(self) -> Doubles:
+        """(U, d) z, so that `phi_t z` is the ratio of the policy's visits to the log's that linear values imply.
 
         It is the weight of a list's reward in the value, `z = A^-T phi0` (Uehara et al. 2020).
         """
-        return _solved(self.matrix(counts).transpose(0, 2, 1), counts @ self.starts)
+        return _solved(self._ridged().transpose(0, 2, 1), self.starts)
 
-    def values(self, counts: Doubles, *, conservative: float = 0.0) -> Doubles:
-        """(R,) sums of values over first lists; arguments as `weights`."""
-        values: Doubles = ((counts @ self.starts) * self.weights(counts, conservative=conservative)).sum(1)
+    def values(self, *, conservative: float = 0.0) -> Doubles:
+        """(U,) sums of values over first lists; `conservative` is alpha."""
+        values: Doubles = (self.starts * self.weights(conservative=conservative)).sum(1)
         return values
 
+    def _ridged(self) -> Doubles:
+        ridged, diagonal = self.a.copy(), np.arange(self.a.shape[1])
+        ridged[:, diagonal, diagonal] += RIDGE * self.squares + 1e-9
+        return ridged
 
-def doubly_robust(point: FixedPoint, here: Doubles, elsewhere: Doubles) -> Doubles:
+
+def doubly_robust(here: FixedPoint, elsewhere: FixedPoint) -> Doubles:
     """`sum V(s_0) + sum_t omega_t (r_t + gamma V(s_{t+1}) - Q(s_t, list_t))`, with values and ratios fitted on other users.
 
     Per decision, with the ratio omega of visits instead of a product of ratios over the session (double reinforcement learning, Kallus and
@@ -137,16 +142,14 @@ def doubly_robust(point: FixedPoint, here: Doubles, elsewhere: Doubles) -> Doubl
     `phi0' w + z' (b - A w)`.
 
     Args:
-        point: Sums per group.
-        here: (R, U) counts of the groups that the value is of.
-        elsewhere: (R, U) counts of the groups that values and ratios are fitted on.
+        here: Sums of the users that the value is of, one entry per resample.
+        elsewhere: Sums of the users that values and ratios are fitted on, in the same resamples.
 
     Returns:
         (R,) sums over first lists.
     """
-    w, z = point.weights(elsewhere), point.ratios(elsewhere)
-    residual = here @ point.b - np.einsum("rij,rj->ri", point.matrix(here), w)
-    total: Doubles = ((here @ point.starts) * w).sum(1) + (z * residual).sum(1)
+    w, z = elsewhere.weights(), elsewhere.ratios()
+    total: Doubles = (here.starts * w).sum(1) + (z * (here.b - np.einsum("rij,rj->ri", here.a, w))).sum(1)
     return total
 
 

@@ -80,12 +80,15 @@ def list_features(lists: Lists, *, train_on: Indices, num_updates: int, seed: in
     numeric = np.clip((raw - normaliser.mean) / normaliser.std, -CLIP, CLIP).astype(np.float32) * valid[..., None]
     request = list(spec.request_inputs)
     user = numeric[:, 0][:, request].astype(np.float64)
+    one = np.ones((len(steps), 1))
     if num_updates:
-        pairs = _learnt(lists, numeric, user.astype(np.float32), train_on=train_on, num_updates=num_updates, seed=seed)
+        pairs = _learnt(
+            lists, numeric, np.concatenate([one, user], axis=1).astype(np.float32), train_on=train_on, num_updates=num_updates, seed=seed
+        )
     else:
         pairs = numeric[..., [i for i in range(numeric.shape[2]) if i not in request]]
     offered = np.einsum("ng,ngp->np", lists.masses, pairs) / np.maximum(lists.masses.sum(1), 1e-9)[:, None]
-    known = [np.ones((len(steps), 1)), user, user**2, offered, mean_so_far(offered, steps)]
+    known = [one, user, user**2, offered, mean_so_far(offered, steps)]
     return ListFeatures(pairs * valid[..., None], np.concatenate(known, axis=1))
 
 

@@ -154,11 +154,12 @@ class OffPolicy:
         ]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
-    def value(self, policy: Policy) -> Value:
-        """Estimates of one policy's reward; equal seeds resample alike, so that values of two policies can be subtracted.
+    def value(self, policy: Policy, *, by_density: bool = True) -> Value:
+        """Estimates of one policy's reward; values of one log are resampled alike, so that they can be subtracted.
 
         Args:
             policy: Without noise.
+            by_density: Also NCIS, which draws the noise again.
         """
         chosen_masses = self.lists.chosen(policy) * self.lists.masses
         following, settings = self.lists.steps.following, self.settings
@@ -170,17 +171,17 @@ class OffPolicy:
                 taken, chosen, self._rewards, following, first=self._first, known=self._known, groups=self._groups, gamma=settings.gamma
             )
             inside = np.arange(self._counts.shape[1]) % 2 == fold
-            here, elsewhere = self._counts * inside, self._counts * ~inside
-            num_sessions += here @ point.sessions
-            sums["fqe"] += point.values(here)
-            sums["conservative"] += point.values(here, conservative=CONSERVATIVE)
-            sums["dr"] += doubly_robust(point, here, elsewhere)
+            here, elsewhere = point.drawn(self._counts * inside), point.drawn(self._counts * ~inside)
+            num_sessions += here.sessions
+            sums["fqe"] += here.values()
+            sums["conservative"] += here.values(conservative=CONSERVATIVE)
+            sums["dr"] += doubly_robust(here, elsewhere)
             mine = self._folds == fold
-            ratios[mine] = taken[mine] @ point.ratios(here[:1])[0]
+            ratios[mine] = taken[mine] @ here.ratios()[0]
         support = self.lists.support(policy, ratios[self._known], np.flatnonzero(self._known))
         estimates = {name: _draws(total / np.maximum(num_sessions, 1e-9)) for name, total in sums.items()}
         refused: dict[str, str] = {}
-        effective = self._by_density(policy, estimates, refused)
+        effective = self._by_density(policy, estimates, refused) if by_density else 0.0
         if faults := support.faults(settings.limits):
             refused |= dict.fromkeys(estimates, "; ".join(faults))
             estimates = {}

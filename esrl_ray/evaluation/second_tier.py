@@ -118,7 +118,7 @@ def judge_second_tier(
     )
     try:
         log = OffPolicy(steps, config, num_candidates=num_candidates, seed=seed, settings=settings, users=aside)
-        values = log.value(candidate), log.value(anchor)
+        values = log.value(candidate, by_density=False), log.value(anchor, by_density=False)
     except MethodError as error:
         return msgspec.structs.replace(facts, text=str(error))
     return _decided(msgspec.structs.replace(facts, support=values[0].support, lists_digest=log.digest), values)

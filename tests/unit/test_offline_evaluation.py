@@ -1,0 +1,258 @@
+"""Off-policy estimates against values known in closed form, numbers worked by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from esrl_ray.cli.evaluate import evaluate
+from esrl_ray.config import Config
+from esrl_ray.errors import ConfigError, MethodError
+from esrl_ray.evaluation.estimators import CONSERVATIVE, Draws, FixedPoint, Paths, doubly_robust, ncis
+from esrl_ray.evaluation.list_features import mean_so_far
+from esrl_ray.evaluation.metrics import label_of, shown_pairs
+from esrl_ray.evaluation.offline import Estimate, OffPolicy, Settings
+from esrl_ray.evaluation.support import Lists, SupportLimits, effective_size, inclusion
+from esrl_ray.policy.policy import Policy
+from esrl_ray.replay.steps import CUT, LEFT, Steps
+from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
+
+NO_LIMITS = SupportLimits(0, 0, 0.0, 0.0, 0.0)
+FAST = Settings(num_updates=0, resamples=100, num_groups=100, min_effective_sessions=0.0, limits=NO_LIMITS, kernel=1.0)
+REWARDS, LEAVES = (1.0, 0.2), (0.5, 0.05)
+"""Of showing A and B, and chances to leave after them: always A is worth 1 / .5 = 2, always B .2 / .05 = 4."""
+
+
+@pytest.fixture(scope="module")
+def setting() -> Config:
+    return two_items()
+
+
+@pytest.fixture(scope="module")
+def asked(setting: Config) -> OffPolicy:
+    """A log of 1,500 sessions in which noise chose between A and B."""
+    return OffPolicy(log_of(setting, REWARDS, LEAVES, sessions=1_500, seed=0), setting, num_candidates=2, seed=0, settings=FAST)
+
+
+# Fixed point
+
+
+def chain(actions: list[int], following: list[int], rewards: list[float], always: int) -> FixedPoint:
+    """Lists with one feature for each of two actions; the policy always takes one of them."""
+    taken = np.eye(2)[actions]
+    chosen = np.tile(np.eye(2)[always], (len(actions), 1))
+    n, after = len(actions), np.array(following)
+    first = np.ones(n, np.bool_)
+    first[after[after >= 0]] = False
+    groups = np.arange(n) // (n // 2)
+    return FixedPoint.of(taken, chosen, np.array(rewards), after, first=first, known=np.ones(n, np.bool_), groups=groups, gamma=1.0)
+
+
+def test_the_fixed_point_of_two_actions_is_reward_over_the_chance_to_leave() -> None:
+    # Action 0 earns 1 and ends two sessions of four, action 1 earns .5 and ends two of eight. Always 0: 1 / .5 = 2; always 1: .5 / .25 = 2;
+    # sessions: 0 0 1 1 1 1* twice, where the first 0 of the second begins a session after the first 0 ends one.
+    actions: list[int] = []
+    following: list[int] = []
+    rewards: list[float] = []
+    for _ in range(2):
+        start = len(actions)
+        actions += [0, 0, 1, 1, 1, 1]
+        following += [LEFT, start + 2, start + 3, start + 4, start + 5, LEFT]
+        rewards += [1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+    once = np.ones((1, 2))
+    for always, expected in ((0, 2.0), (1, 2.0)):
+        point = chain(actions, following, rewards, always).drawn(once)
+        assert point.values()[0] / point.sessions[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_doubly_robust_value_of_the_same_users_is_the_fixed_point_itself() -> None:
+    point = chain([0, 1, 0, 1], [1, LEFT, 3, LEFT], [1.0, 2.0, 1.0, 2.0], 1).drawn(np.ones((1, 2)))
+    assert doubly_robust(point, point)[0] == pytest.approx(point.values()[0], rel=1e-3)
+
+
+def test_ratios_weigh_rewards_to_the_value() -> None:
+    actions, following, rewards = [0, 1, 1, 0], [1, LEFT, 3, LEFT], [1.0, 2.0, 3.0, 4.0]
+    point = chain(actions, following, rewards, 1).drawn(np.ones((1, 2)))
+    ratios = np.eye(2)[actions] @ point.ratios()[0]
+    assert ratios @ np.array(rewards) == pytest.approx(point.values()[0], rel=1e-3)
+
+
+def test_the_conservative_value_is_lower_where_the_policy_leaves_the_log() -> None:
+    point = chain([0, 0, 0, 1], [LEFT] * 4, [1.0, 1.0, 1.0, 1.0], 1).drawn(np.ones((1, 2)))
+    plain, conservative = point.values()[0], point.values(conservative=CONSERVATIVE)[0]
+    # gap of action 1: 4 chosen - 1 taken = 3; its matrix entry is 1, so w_1 falls by alpha / 2 * 3, and 4 sessions start there.
+    assert conservative - plain == pytest.approx(-4 * CONSERVATIVE / 2 * 3, rel=1e-3)
+
+
+# Importance sampling
+
+
+def test_ncis_of_two_sessions_is_the_one_worked_by_hand() -> None:
+    # Session 0: ratios 2, 1 and rewards 1, 3; session 1: ratio .5, reward 4, then it has ended (ratio stays .5, reward 0).
+    # t = 0: (2 * 1 + .5 * 4) / 2.5 = 1.6; t = 1: (2 * 3 + .5 * 0) / 2.5 = 2.4.
+    following = np.array([1, LEFT, LEFT])
+    paths = Paths.of(np.array([0, 2]), following, np.array([0, 0, 1]))
+    value = ncis(paths, np.array([2.0, 1.0, 0.5]), np.array([1.0, 3.0, 4.0]), np.ones((1, 2)), gamma=1.0)
+    assert value[0] == pytest.approx(4.0)
+    assert ncis(paths, np.array([2.0, 1.0, 0.5]), np.array([1.0, 3.0, 4.0]), np.ones((1, 2)), gamma=0.5)[0] == pytest.approx(2.8)
+    # With the cap at 1: (1 + 2) / 1.5 = 2 and 3 / 1.5 = 2.
+    assert ncis(paths, np.array([2.0, 1.0, 0.5]), np.array([1.0, 3.0, 4.0]), np.ones((1, 2)), gamma=1.0, cap=1.0)[0] == pytest.approx(4.0)
+
+
+def test_the_effective_size_is_the_number_of_equal_weights() -> None:
+    assert effective_size(np.full(7, 3.0)) == pytest.approx(7)
+    assert effective_size([1.0, 0.0, 0.0]) == 1.0
+    assert effective_size([]) == 0.0
+
+
+def test_an_unshown_pair_that_stands_for_three_fills_what_is_left_of_the_list() -> None:
+    # l = 2; by score: an unshown pair that stands for 3 takes both places with 2/3 of itself. Next list: shown, then unshown 1/3.
+    scores = np.array([[1.0, 3.0, 2.0], [3.0, 2.0, 1.0]])
+    masses = np.array([[1.0, 3.0, 1.0], [1.0, 3.0, 1.0]])
+    assert np.allclose(inclusion(scores, masses, np.array([2.0, 2.0])), [[0, 2 / 3, 0], [1, 1 / 3, 0]])
+
+
+def test_padding_is_never_chosen() -> None:
+    assert inclusion(np.array([[9.0, 1.0]]), np.array([[0.0, 1.0]]), np.array([1.0])).tolist() == [[0.0, 1.0]]
+
+
+def test_propensities_are_the_triangular_distribution_of_the_noise(setting: Config) -> None:
+    # Both pairs score 1.2 a log(pred + .55 + .0 a) with log = log(2.05) and log(1.05): A wins when u_A .718 > u_B .0488, u ~ U(-.15, .15),
+    # hence with 1/2 at anchor 0; with the anchor of A at +.05: P(u_A > .0679 u_B - .05) = (.05 + .15) / .3 = 2/3.
+    steps = log_of(setting, REWARDS, LEAVES, sessions=400, seed=1)
+    lists, of = Lists.of(steps, setting, 2), np.arange(len(steps))
+    item_a = steps.columns["states"][..., 0] > 0
+    assert lists.propensities(None, of, kernel=1.0, seed=0)[item_a].mean() == pytest.approx(0.5, abs=0.02)
+    steps.columns["anchor_actions"][item_a, 0] = 0.05
+    assert lists.propensities(None, of, kernel=1.0, seed=0)[item_a].mean() == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_a_policy_that_is_the_anchor_has_ratio_one_everywhere(setting: Config, asked: OffPolicy) -> None:
+    value = asked.value(Policy.static(setting.spec.build()))
+    paths = asked._paths
+    assert value.effective_sessions == pytest.approx(len(paths.groups))
+
+
+# Values
+
+
+@pytest.mark.parametrize(("action", "truth"), [(ALWAYS_A, 2.0), (ALWAYS_B, 4.0)])
+def test_fqe_and_doubly_robust_find_the_value_that_is_known_in_closed_form(
+    setting: Config, asked: OffPolicy, action: float, truth: float
+) -> None:
+    estimates = asked.value(vector(setting, action)).estimates
+    for name in ("fqe", "dr", "conservative"):
+        found = Estimate.of(estimates[name])
+        assert found.ci_low <= truth <= found.ci_high, f"{name}: {found}"
+        assert found.mean == pytest.approx(truth, rel=0.15), name
+
+
+def test_the_value_per_list_by_importance_sampling_is_the_reward_of_the_item(setting: Config, asked: OffPolicy) -> None:
+    for action, reward in ((ALWAYS_A, REWARDS[0]), (ALWAYS_B, REWARDS[1])):
+        assert asked.value(vector(setting, action)).estimates["ncis_list"].mean == pytest.approx(reward, rel=0.05)
+
+
+def test_paired_differences_are_narrower_than_the_two_intervals(setting: Config, asked: OffPolicy) -> None:
+    near = asked.value(vector(setting, 0.02)).estimates["fqe"]
+    control = asked.value(vector(setting, 0.01)).estimates["fqe"]
+    assert np.std(near.minus(control).draws) < 0.7 * np.std(near.draws)
+    same = control.minus(control)
+    assert (same.mean, same.bound(0.025), same.bound(0.975)) == (0.0, 0.0, 0.0)
+
+
+def test_equal_seeds_give_equal_estimates(setting: Config, asked: OffPolicy) -> None:
+    again = OffPolicy(asked.lists.steps, setting, num_candidates=2, seed=0, settings=FAST)
+    policy = vector(setting, ALWAYS_A)
+    assert again.value(policy).estimates["dr"].mean == asked.value(policy).estimates["dr"].mean
+    assert again.digest == asked.digest
+
+
+def test_a_log_that_never_shows_what_the_policy_would_is_refused_with_the_numbers(setting: Config) -> None:
+    steps = log_of(setting, REWARDS, LEAVES, sessions=300, seed=2, anchor=ALWAYS_B)
+    settings = Settings(num_updates=0, resamples=20, limits=SupportLimits(min_users=10, min_sessions=10, min_ess=10))
+    value = OffPolicy(steps, setting, num_candidates=2, seed=0, settings=settings).value(vector(setting, ALWAYS_A))
+    assert not value.estimates
+    assert "overlap 0, at least 0.45 needed" in value.refused["fqe"]
+
+
+def test_too_few_users_are_refused(setting: Config) -> None:
+    steps = log_of(setting, REWARDS, LEAVES, sessions=60, seed=2)
+    value = OffPolicy(steps, setting, num_candidates=2, seed=0, settings=Settings(num_updates=0, resamples=20)).value(vector(setting, 0.0))
+    assert "users" in value.refused["dr"] and "sessions 60, at least 300 needed" in value.refused["dr"]
+
+
+def test_a_log_without_ended_sessions_has_no_reward_per_session(setting: Config) -> None:
+    steps = log_of(setting, REWARDS, LEAVES, sessions=30, seed=2)
+    steps.follow(np.flatnonzero(steps.following == LEFT), CUT)
+    with pytest.raises(MethodError, match="no session ends"):
+        OffPolicy(steps, setting, num_candidates=2, seed=0, settings=FAST)
+    assert OffPolicy(steps, setting, num_candidates=2, seed=0, settings=Settings(gamma=0.0)).digest
+
+
+def test_the_mean_so_far_follows_the_session(setting: Config) -> None:
+    steps = Steps(setting, 3)
+    steps.add(
+        {"sessions": 0, "users": 0, "rounds": 0, "arms": 0}, {name: column[:3] for name, column in Steps(setting, 3)._columns.items()}
+    )
+    steps.follow(np.array([0]), np.array([2]))
+    assert mean_so_far(np.array([[1.0], [5.0], [3.0]]), steps).tolist() == [[1.0], [5.0], [2.0]]
+
+
+def test_bounds_take_the_spread_and_not_the_bias_of_resamples() -> None:
+    draws = Draws(1.0, np.array([2.0, 3.0, 4.0]))
+    assert draws.bound(0.0) == 0.0 and draws.bound(1.0) == 2.0
+
+
+# MTF-GAUC of steps and the command
+
+
+def test_shown_pairs_carry_label_weight_and_user(config: Config) -> None:
+    assert label_of(config, None) == (1, 10.0)
+    assert label_of(config, "like>0.5") == (2, 0.5)
+    with pytest.raises(ConfigError, match="not behaviour>threshold"):
+        label_of(config, "likes>1")
+    steps = Steps(config, 1)
+    columns = {name: column[:1].copy() for name, column in Steps(config, 1)._columns.items()}
+    columns["shown"][0, :2] = columns["valid"][0, :2] = 1
+    columns["behaviours"][0, :2, 1] = (11.0, 10.0)
+    columns["rewards"][0, :2] = ((0.5, 0.25), (0.0, -3.0))
+    steps.add({"sessions": 4, "users": 7, "rounds": 0, "arms": 0}, columns)
+    pairs = shown_pairs(steps, config, label=(1, 10.0))
+    assert pairs.labels.tolist() == [1.0, 0.0] and pairs.user.tolist() == [7, 7]
+    assert pairs.weights.tolist() == [1.75, 0.0]
+    assert shown_pairs(steps, config, label=(1, 10.0), plus_one=False).weights.tolist() == [0.75, 0.0]
+    with pytest.raises(ConfigError, match="no categorical feature"):
+        shown_pairs(steps, config, label=(1, 10.0), context="tab")
+
+
+def test_the_command_prints_estimates_of_a_parquet_log_as_json(setting: Config, tmp_path: Path) -> None:
+    log, policy, yaml = tmp_path / "steps.parquet", tmp_path / "policy", tmp_path / "two.yaml"
+    pq.write_table(table_of(log_of(setting, REWARDS, LEAVES, sessions=700, seed=3)), log)
+    vector(setting, ALWAYS_B).save(policy)
+    yaml.write_text(json.dumps(setting.model_dump(include={"spec", "serve", "reward", "exploration"}, mode="json")))
+    result = CliRunner().invoke(
+        evaluate, ["--log", str(log), "--policy", str(policy), "--config", str(yaml), "--updates", "0", "--label", "click>0.5", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["policy"]["estimates"]["fqe"]["mean"] == pytest.approx(4.0, rel=0.2)
+    # Control shows either item half of the time: .6 / .275 = 2.18, so that the difference is 1.82.
+    assert report["difference"]["fqe"]["mean"] == pytest.approx(1.82, abs=0.8)
+    assert report["difference"]["fqe"]["ci_low"] < 1.82 < report["difference"]["fqe"]["ci_high"]
+    assert report["mtf_gauc"]["user"][0]["gauc"] is not None
+
+
+def test_the_command_refuses_a_log_that_is_too_small_with_the_reason(setting: Config, tmp_path: Path) -> None:
+    log, policy, yaml = tmp_path / "steps.parquet", tmp_path / "policy", tmp_path / "two.yaml"
+    pq.write_table(table_of(log_of(setting, REWARDS, LEAVES, sessions=40, seed=3)), log)
+    vector(setting, ALWAYS_B).save(policy)
+    yaml.write_text(json.dumps(setting.model_dump(include={"spec", "serve", "reward", "exploration"}, mode="json")))
+    result = CliRunner().invoke(evaluate, ["--log", str(log), "--policy", str(policy), "--config", str(yaml), "--updates", "0"])
+    assert isinstance(result.exception, MethodError)
+    assert "sessions 40, at least 300 needed" in str(result.exception)
+    assert "refused fqe of policy" in result.output
