@@ -1,6 +1,9 @@
-"""Milliseconds per gradient step: the bare torch loop against RLlib's local and remote learner, same math, interleaved rounds.
+"""Speed of learning, each against the plain way of doing the same, interleaved in one run: only the ratios mean anything.
 
-OMP_NUM_THREADS=1 python benchmarks/learner.py [--config configs/demo.yaml] [--set learner.batch_size=256] [--remote]
+- A gradient step through RLlib, local and remote, against the bare torch loop with the same math.
+- A critic step of the batched ensemble (q = 2 groups x m critics) against as many separate modules.
+
+OMP_NUM_THREADS=1 python benchmarks/learner.py [--quick] [--remote] [--config configs/demo.yaml] [--set learner.batch_size=256]
 """
 
 from __future__ import annotations
@@ -8,62 +11,82 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import numpy as np
 import ray
 import torch
+from torch import nn
 
+from esrl_ray.algo.losses import list_sum_td
+from esrl_ray.algo.networks import Critics
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.learning.algorithm import EnhancedRL
 from esrl_ray.learning.feed import to_multi_agent_batch
 from esrl_ray.vocabulary import TransitionBatch
 
+NUM_GROUPS = 2
+CRITICS = (1, 2, 10, 24)  # m
+BATCHES = (64, 128, 256)  # B
+
 
 def made_up(config: Config, num_steps: int) -> TransitionBatch:
     """Full lists of random numbers."""
-    spec, rng, g = config.spec.build(), np.random.default_rng(0), config.max_pairs
+    spec, rng, g, h = config.spec.build(), np.random.default_rng(0), config.max_pairs, config.learner.num_future
 
     def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=(num_steps, g, *shape)).astype(np.float32)
+        return rng.normal(size=(num_steps, *shape)).astype(np.float32)
 
     shown = np.zeros((num_steps, g), np.float32)
     shown[:, : config.serve.list_size] = 1
     codes, ones = np.zeros((num_steps, g, spec.num_categorical), np.int32), np.ones(num_steps, np.float32)
-    anchors = np.tanh(0.1 * normal(spec.num_actions))
-    return TransitionBatch(
-        states=normal(spec.num_features),
+    anchors = np.tanh(0.1 * normal(g, spec.num_actions))
+    batch = TransitionBatch(
+        states=normal(g, spec.num_features),
         categorical=codes,
-        scores=np.exp(normal(spec.num_scores)),
+        scores=np.exp(normal(g, spec.num_scores)),
         actions=anchors + rng.uniform(-0.15, 0.15, anchors.shape).astype(np.float32),
         anchor_actions=anchors,
-        rewards=normal(config.reward.num_groups),
+        rewards=normal(g, config.reward.num_groups),
         shown=shown,
         valid=np.ones_like(shown),
-        next_states=normal(spec.num_features),
+        next_states=normal(g, spec.num_features),
         next_categorical=codes,
-        next_scores=np.exp(normal(spec.num_scores)),
+        next_scores=np.exp(normal(g, spec.num_scores)),
         next_shown=shown,
         has_next=ones,
         terminated=0 * ones,
     )
+    if h:
+        batch["future_states"] = normal(h, spec.num_features)
+        batch["future_categorical"] = np.zeros((num_steps, h, spec.num_categorical), np.int32)
+        batch["future_rewards"] = normal(h, config.reward.num_groups)
+        batch["future_known"] = np.ones((num_steps, h), np.float32)
+        batch["future_terminated"] = np.zeros((num_steps, h), np.float32)
+    return batch
 
 
-def main() -> None:
-    """Print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--remote", action="store_true", help="also a remote learner")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    config = load_config(arguments.config, [*arguments.overrides, "learner.num_learners=0"])
+def milliseconds(
+    calls: Mapping[str, Callable[[], None]], *, rounds: int, steps: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median time of each call per step, in turns; the first two rounds do not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if number >= 2:
+                times[name].append(1e3 * (clock() - start) / steps)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def through_rllib(config: Config, *, remote: Config | None, rounds: int) -> None:
+    """Print a gradient step: bare torch, local learner, remote learner."""
     per_call = config.learner.updates_per_call
     transitions = made_up(config, config.learner.batch_size * per_call)
-    ref = ray.put(to_multi_agent_batch(transitions))
+    batch = to_multi_agent_batch(transitions)
     state, local = LearnState.create(config), EnhancedRL.of(config)
 
     def bare() -> None:
@@ -71,20 +94,100 @@ def main() -> None:
             result = update(state, part)
         float(result.critic_loss)
 
-    calls: dict[str, Callable[[], None]] = {"bare torch loop": bare, "RLlib, local learner": lambda: local.learn({}, [ref])}
-    if arguments.remote:
-        remote = EnhancedRL.of(load_config(arguments.config, [*arguments.overrides, "learner.num_learners=1"]))
-        calls["RLlib, one remote learner"] = lambda: remote.learn({}, [ref])
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(arguments.rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start) / per_call)
-    base = statistics.median(times["bare torch loop"])
-    for name, each in times.items():
-        print(f"{name:<28} {statistics.median(each):7.2f} ms per gradient step  x {statistics.median(each) / base:.2f}")
+    base = "bare torch loop"
+    calls: dict[str, Callable[[], None]] = {base: bare, "RLlib, local learner": lambda: local.learn({}, [batch])}
+    if remote is not None:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        away, ref = EnhancedRL.of(remote), ray.put(batch)
+        calls["RLlib, one remote learner"] = lambda: away.learn({}, [ref])
+    found = milliseconds(calls, rounds=rounds, steps=per_call)
+    print(f"gradient step, critic {config.learner.critic}, B = {config.learner.batch_size}, {per_call} per call")
+    for name, each in found.items():
+        print(f"  {name:<28} {each:7.2f} ms  x {each / found[base]:.2f}")
+
+
+class SeparateCritics(nn.Module):
+    """The same critics as modules of their own, one forward pass each."""
+
+    def __init__(self, num_inputs: int, num_critics: int, hidden_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = (NUM_GROUPS, num_critics)
+        self.critics = nn.ModuleList(self._mlp([num_inputs, *hidden_sizes, 1]) for _ in range(NUM_GROUPS * num_critics))
+
+    @staticmethod
+    def _mlp(widths: list[int]) -> nn.Sequential:
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*layers[:-1])
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+        """(q, m, N), as `Critics`."""
+        x = torch.cat([numeric, relative], -1)
+        return torch.stack([critic(x)[:, 0] for critic in self.critics]).view(*self.shape, -1)
+
+
+def critic_step(critics: nn.Module, targets: nn.Module, config: Config, batch: int) -> Callable[[], None]:
+    """One list-sum TD step of all critics on `batch` lists of random numbers."""
+    spec, generator, size = config.spec.build(), torch.Generator().manual_seed(0), config.serve.list_size
+    pairs = batch * size
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    numeric, next_numeric = drawn(pairs, spec.num_features + spec.num_scores), drawn(pairs, spec.num_features + spec.num_scores)
+    relative, next_relative = drawn(pairs, spec.num_actions), drawn(pairs, spec.num_actions)
+    codes, rewards = torch.zeros(pairs, 0, dtype=torch.int64), drawn(batch, size, NUM_GROUPS)
+    shown, ones = torch.ones(batch, size), torch.ones(batch)
+    parameters = list(critics.parameters())
+    optimiser = torch.optim.Adam(parameters, lr=1e-3, foreach=True)
+
+    def step() -> None:
+        with torch.no_grad():
+            following = targets(next_numeric, codes, next_relative).unflatten(-1, (batch, size))
+        values = critics(numeric, codes, relative).unflatten(-1, (batch, size))
+        loss = list_sum_td(values, shown, rewards, next_values=following, next_shown=shown, bootstrap=ones, gamma=0.9)
+        gradients = torch.autograd.grad(loss.sum(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+
+    return step
+
+
+def ensemble(config: Config, *, rounds: int) -> None:
+    """Print a critic step of the ensemble and of separate modules for each m and B."""
+    spec, sizes = config.spec.build(), config.learner.hidden_sizes
+    num_inputs = spec.num_features + spec.num_scores + spec.num_actions
+    print(f"critic step, {NUM_GROUPS} groups x m critics, layers {sizes}: batched ensemble, separate modules, ms of one core")
+
+    def together(num_critics: int) -> Critics:
+        return Critics(spec, NUM_GROUPS, num_critics, hidden_sizes=sizes, embedding_size=config.learner.embedding_size)
+
+    for num_critics in CRITICS:
+        for batch in BATCHES:
+            calls = {
+                "batched": critic_step(together(num_critics), together(num_critics), config, batch),
+                "separate": critic_step(
+                    SeparateCritics(num_inputs, num_critics, sizes), SeparateCritics(num_inputs, num_critics, sizes), config, batch
+                ),
+            }
+            found = milliseconds(calls, rounds=rounds, clock=time.process_time)  # one thread: what else runs does not count
+            ratio = found["separate"] / found["batched"]
+            print(f"  m = {num_critics:2}  B = {batch:3}  {found['batched']:8.2f}  {found['separate']:8.2f}  x {ratio:.2f}")
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes")
+    parser.add_argument("--remote", action="store_true", help="also a remote learner")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rounds = 7 if arguments.quick else 40
+    config, remote = (load_config(arguments.config, [*arguments.overrides, f"learner.num_learners={n}"]) for n in (0, 1))
+    through_rllib(config, remote=remote if arguments.remote else None, rounds=rounds)
+    ensemble(config, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tests.transitions import make_transitions
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
 
 SET = ["learner.batch_size=16", "learner.updates_per_call=8", "learner.hidden_sizes=[16, 16]", "learner.soft_update_every=5"]
-CALLS = 3  # of 8 gradient steps
+CALLS = 7  # of 8 gradient steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +96,7 @@ def test_rllib_takes_the_same_gradient_steps_as_the_core(num_learners: int) -> N
         assert len(learners) == max(1, num_learners)
         for networks in learners:
             assert_same(core, networks, tolerance=1e-6)
-        assert algorithm.published()[2] == state.gradient_steps == CALLS * config.learner.updates_per_call >= 20
+        assert algorithm.published()[2] == state.gradient_steps == CALLS * config.learner.updates_per_call >= 50
     finally:
         algorithm.stop()
 
