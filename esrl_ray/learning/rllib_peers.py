@@ -9,7 +9,7 @@ Facts of RLlib 2.60 that this file depends on:
 - Targets follow once per learner call, not once per gradient step: tau is compounded over the call's steps.
 - CQL's `bc_iters` is compared with gradient steps of the present learner call, because the counter is reduced after each: any value
   from `UPDATES_PER_CALL` on means behaviour cloning for ever. It is 0 here.
-- `TorchSquashedGaussian.to_deterministic()` gives the mean before tanh (and RLlib then clips it), which is not an action that the
+- `TorchSquashedGaussian.to_deterministic()` gives the mean before tanh (ray-project/ray#51544), which is not an action that the
   critics were trained with. All three have that distribution; the converted policy is tanh(mean).
 """
 
