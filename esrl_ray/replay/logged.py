@@ -69,7 +69,7 @@ def _check_columns(table: pa.Table, config: Config, where: str) -> None:
             raise InputDataError(f"column {name!r} holds {sorted(odd)[0]!r}, expected one of {sorted(known)}", where)
     for name in widths:
         kind = table[name].type
-        if not pa.types.is_list(kind) or not _fits(name, kind.value_type):
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _fits(name, kind.value_type):
             raise InputDataError(f"column {name!r} is {kind}, expected a list of {_expected(name)}", where)
         if nulls := table[name].null_count:
             text = f"column {name!r} is null in {nulls} of {len(table)} rows: those are later revisions of a step"

@@ -79,6 +79,9 @@ def test_parquet_in_another_order_or_with_later_revisions_gives_the_same_steps(c
     np.testing.assert_array_equal(again.columns["states"], known.columns["states"])
     np.testing.assert_array_equal(again.following, known.following)
 
+    wide = changed(table, "states", table["states"].cast(pa.large_list(pa.float32())))  # as other writers have it
+    np.testing.assert_array_equal(read_log(_written(tmp_path / "d.parquet", wide), config).steps.columns["states"], known.columns["states"])
+
     last = table.slice(0, 1).to_pylist()[0]
     bulky = ("item_ids", "positions", "states", "categorical", "scores", "actions", "anchor_actions", "fused_scores")
     later = {**last, "revision": 1, "rewards": [9.0] * len(last["rewards"]), **dict.fromkeys(bulky)}
