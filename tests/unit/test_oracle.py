@@ -16,7 +16,7 @@ from esrl_ray.simulation.users import BEHAVIOURS, Page, Sessions, World
 from esrl_ray.vocabulary import Floats
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
-SEED, NUM_DRAWS = 5, 20_000
+SEED, NUM_DRAWS = 5, 10_000
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +115,26 @@ def test_kappa_weighs_satisfaction(small: Config, world: World) -> None:
     np.testing.assert_allclose(with_it - without, 2 * world.truth(sessions, page.items).gain)
 
 
+def test_the_best_kappa_is_the_top_of_the_parabola(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def earn(ranker: TrueOracle, config: Config, *, seed: int, sessions: int) -> tuple[np.ndarray]:
+        return (np.full(sessions, 5 - 100 * (ranker.kappa - 0.22) ** 2),)
+
+    monkeypatch.setattr("esrl_ray.simulation.oracle.play", earn)
+    assert full_oracle(small, seed=0, sessions=2).kappa == pytest.approx(0.22)
+    assert full_oracle(small, seed=0, sessions=2, kappas=(0.3, 0.4, 0.5)).kappa == 0.3  # never beyond what was tried
+    assert full_oracle(small, seed=0, sessions=2, kappas=(0.1, 0.3)).kappa == 0.3
+
+
 @pytest.fixture(scope="module")
 def observed(small: Config) -> Policy:
-    return observed_oracle(small, seed=1, sessions=150, steps=(400, 400))
+    return observed_oracle(small, seed=1, sessions=150, steps=(300, 500), kappas=(0.2,))
 
 
 def test_who_knows_more_earns_more(small: Config, observed: Policy) -> None:
     control = Policy.static(small.spec.build())
-    instant, full = create_oracle("oracle-instant", small, seed=1), full_oracle(small, seed=1, sessions=150)
+    instant, full = create_oracle("oracle-instant", small, seed=1), full_oracle(small, seed=1, sessions=100, kappas=(0.0, 0.2))
     assert full.kappa > 0
-    results = evaluate_frozen([control, instant, observed, full], small, seed=0, sessions=600)
+    results = evaluate_frozen([control, instant, observed, full], small, seed=0, sessions=400)
     means = [result.reward.mean or 0.0 for result in results]
     assert means[0] < means[1] < means[2] < means[3]
     gained = results[2].difference
@@ -140,7 +150,7 @@ def test_the_observed_oracle_is_a_policy_that_can_be_kept(small: Config, observe
 
 
 def test_the_same_seed_gives_the_same_oracle(small: Config) -> None:
-    one, two, other = (observed_oracle(small, seed=seed, sessions=20, steps=(20, 20)) for seed in (1, 1, 2))
+    one, two, other = (observed_oracle(small, seed=seed, sessions=5, steps=(10, 10), kappas=(0.2,)) for seed in (1, 1, 2))
     assert one.manifest.digest == two.manifest.digest != other.manifest.digest
 
 
