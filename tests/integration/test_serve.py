@@ -25,15 +25,18 @@ import torch
 from ray.actor import ActorHandle
 
 from esrl_ray.actors import NAMESPACE
-from esrl_ray.algo.actor import Actor
+from esrl_ray.algo.actor import Actor, PairNetwork
 from esrl_ray.cli import watchdog
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import RequestError
+from esrl_ray.exploration import arm_of
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
+from esrl_ray.vocabulary import Arm
 from serve.app import deploy_local, serve_environment, stop_local
 from serve.client import FuseClient
 from serve.replica import ReplicaStatus, read_statuses
+from serve.schemas import parse
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 from streaming.source import Source
 from streaming.wire import decode_decision
@@ -95,6 +98,22 @@ def learnt(config: Config, seed: int) -> bytes:
     manifest = Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=(64, 64), embedding_size=8, gradient_steps=seed)
     parameters = {name: value.detach().numpy() for name, value in actor.state_dict().items()}
     return Policy.of(manifest, parameters, Normaliser.identity(spec)).to_bytes()
+
+
+def of_kind(kind: PolicyKind, config: Config) -> Policy:
+    """A policy of a kind, with parameters drawn at random."""
+    spec = config.spec.build()
+    if kind is PolicyKind.STATIC:
+        return Policy.static(spec, np.linspace(-0.5, 0.5, spec.num_actions, dtype=np.float32), note="static")
+    torch.manual_seed(3)
+    network = (
+        PairNetwork(spec, (16,), 8, num_outputs=1)
+        if kind is PolicyKind.SCORE
+        else Actor(spec, (16,), 8, level="request" if kind is PolicyKind.REQUEST else "pair")
+    )
+    manifest = Manifest(version=0, digest="", kind=kind, spec=spec, hidden_sizes=(16,), embedding_size=8)
+    parameters = {name: value.detach().numpy() for name, value in network.state_dict().items()}
+    return Policy.of(manifest, parameters, Normaliser.identity(spec))
 
 
 def request(config: Config, n: int, num_candidates: int = 50) -> dict[str, Any]:
@@ -250,6 +269,27 @@ def test_a_round_and_a_pin_by_command_reach_every_replica(endpoint: Endpoint) ->
             version = await asyncio.to_thread(endpoint.publish, 99)
             await all_serve(seen, version)
         assert not seen.went_down
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", list(PolicyKind))
+def test_a_policy_of_each_kind_serves_its_own_ranking(endpoint: Endpoint, kind: PolicyKind) -> None:
+    config, policy = endpoint.config, of_kind(kind, endpoint.config)
+    body = request(config, 7) | {"user_id": next(f"u{n}" for n in range(1000) if arm_of(f"u{n}", config.exploration) is Arm.EXPLOIT)}
+    parsed = parse(json.dumps(body).encode(), config.spec.build(), config)
+    _, fused = policy.fuse(parsed.states, parsed.categorical, parsed.scores)
+
+    async def scenario() -> None:
+        async with load(endpoint, clients=2) as seen:
+            version = await asyncio.to_thread(ray.get, endpoint.store.publish.remote(policy.to_bytes(), None))
+            await all_serve(seen, version)
+            assert seen.client is not None
+            reply, _ = await seen.client.fuse(body)
+            assert reply.policy_version == version and reply.arm == Arm.EXPLOIT
+            assert reply.item_ids == [f"i{c}" for c in np.argsort(-fused, kind="stable")]
+            np.testing.assert_allclose(reply.fused_scores, np.sort(fused)[::-1], rtol=1e-4, atol=1e-6)
+        assert seen.client.failed == 0
 
     asyncio.run(scenario())
 
