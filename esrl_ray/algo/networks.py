@@ -62,15 +62,17 @@ class Critics(nn.Module):
             (q, m, N).
         """
         q, m = self.shape
-        x = numeric if relative_actions is None else torch.cat([numeric, relative_actions], dim=-1)  # (N, in), broadcast over critics
+        x = numeric if relative_actions is None else torch.cat([numeric, relative_actions], dim=-1)  # (N, in), the same for all critics
+        # Pairs stand in the last dimension: one wide product for the first layer of all critics, and larger ones behind it.
+        (weight, bias), *hidden = ((w.transpose(1, 2), b.transpose(1, 2)) for w, b in zip(self.weights, self.biases, strict=True))
         if len(self.embeddings) > 0:
             looked_up = [table[:, categorical[:, c]] for c, table in enumerate(self.embeddings)]  # each (q m, N, embedding)
-            x = torch.cat([x.expand(q * m, -1, -1), *looked_up], dim=-1)
-        *hidden, last = zip(self.weights, self.biases, strict=True)
+            x = torch.baddbmm(bias, weight, torch.cat([x.expand(q * m, -1, -1), *looked_up], dim=-1).transpose(1, 2))
+        else:
+            x = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[2]), x.T).view(q * m, weight.shape[1], -1)
         for weight, bias in hidden:
-            x = torch.relu(torch.matmul(x, weight) + bias)  # (q m, N, hidden)
-        values: torch.Tensor = torch.matmul(x, last[0]) + last[1]  # (q m, N, 1)
-        return values.view(q, m, -1)
+            x = torch.baddbmm(bias, weight, torch.relu(x))  # (q m, hidden, N)
+        return x.view(q, m, -1)
 
     @torch.no_grad()
     def fold(self, old: Normaliser, new: Normaliser) -> None:
