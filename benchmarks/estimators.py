@@ -199,8 +199,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.strip()  # what runs, not what is there when it ends
     lines = run(arguments, arguments.work)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     bounds = load_config(ROOT / "configs" / "demo.yaml").exploration
     seconds = np.mean([entry["seconds"] for entry in lines if entry["policy"] != "control"])
     text = [
