@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from esrl_ray.algo.actor import Actor
-from esrl_ray.config import Config, SpecConfig
+from esrl_ray.config import Config, ExplorationConfig, SpecConfig
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import TENSORS_FILE, Manifest, Policy, PolicyKind
@@ -161,7 +161,7 @@ def test_the_gate_measures_from_the_rounds_anchor(tmp_path: Path) -> None:
     from tests.unit.test_gate import SPEC as GATE_SPEC
     from tests.unit.test_gate import constant, probe
 
-    config = Config(spec=SpecConfig(user_features=("act",), item_features=("age",)))
+    config = Config(spec=SpecConfig(user_features=("act",), item_features=("age",)), exploration=ExplorationConfig(low=-0.15, high=0.15))
     assert config.spec.build() == GATE_SPEC
     store = PolicyStore(tmp_path, config, clock_ms=Clock())
     with pytest.raises(PolicyRejected, match="drift 3"):
