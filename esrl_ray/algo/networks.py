@@ -1,4 +1,4 @@
-"""The critics, as batched matmuls over an ensemble, and all of a learner's networks.
+"""The critics, as an ensemble, and all of a learner's networks.
 
 Critics read the normalised numeric input first, as actors do (`algo.actor`): a new normaliser is folded exactly into their first layers.
 """
@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from esrl_ray.algo.actor import ActorShape, Level, folded, make_actor, uniform_
+from esrl_ray.algo.ensemble import ensemble
 from esrl_ray.normaliser import MIN_SCORE, Normaliser
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Floats
 
 
 class Critics(nn.Module):
-    """Q_{i,n}(s, a): q groups x m independent MLPs, evaluated together as one batched matmul per layer.
+    """Q_{i,n}(s, a): q groups x m independent MLPs, evaluated together (`algo.ensemble`).
 
     Args:
         spec: Widths F, k, C and A.
@@ -63,16 +64,10 @@ class Critics(nn.Module):
         """
         q, m = self.shape
         x = numeric if relative_actions is None else torch.cat([numeric, relative_actions], dim=-1)  # (N, in), the same for all critics
-        # Pairs stand in the last dimension: one wide product for the first layer of all critics, and larger ones behind it.
-        (weight, bias), *hidden = ((w.transpose(1, 2), b.transpose(1, 2)) for w, b in zip(self.weights, self.biases, strict=True))
         if len(self.embeddings) > 0:
             looked_up = [table[:, categorical[:, c]] for c, table in enumerate(self.embeddings)]  # each (q m, N, embedding)
-            x = torch.baddbmm(bias, weight, torch.cat([x.expand(q * m, -1, -1), *looked_up], dim=-1).transpose(1, 2))
-        else:
-            x = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[2]), x.T).view(q * m, weight.shape[1], -1)
-        for weight, bias in hidden:
-            x = torch.baddbmm(bias, weight, torch.relu(x))  # (q m, hidden, N)
-        return x.view(q, m, -1)
+            x = torch.cat([x.expand(q * m, -1, -1), *looked_up], dim=-1)
+        return ensemble(x.transpose(-2, -1), list(self.weights), list(self.biases)).view(q, m, -1)
 
     @torch.no_grad()
     def fold(self, old: Normaliser, new: Normaliser) -> None:
