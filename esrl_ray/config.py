@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from esrl_ray.errors import ConfigError
 from esrl_ray.spec import CategoricalFeature, Spec
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0.0)]
+
+
+def _off(value: Any) -> Any:
+    """YAML reads an unquoted `off` as false."""
+    return "off" if value is False else value
 
 
 class Section(BaseModel):
@@ -256,6 +261,7 @@ class LearnerConfig(Section):
     updates_per_call: Positive = Field(8, description="Gradient steps per learner call.")
     num_learners: int = Field(0, ge=0, description="RLlib learners; 0 = in the training process.")
     device: str = Field("auto", description="`auto` takes a GPU when there is one; else cpu, cuda, cuda:1, ...")
+    compile: bool = Field(False, description="torch.compile of the losses, on a GPU in CUDA graphs; half a minute at the start, needs g++.")
     seed: int = Field(0, ge=0, description="Seed of parameters and sampling.")
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = Field(20.0, description="Clock time between checkpoints.")
 
@@ -298,6 +304,10 @@ class PolicyConfig(Section):
     publish_interval_s: Annotated[float, Field(gt=0)] = Field(3.0, description="Clock time between published policies.")
     max_outside_share: float = Field(0.5, gt=0, le=1, description="Gate: largest share of actions outside the bounds.")
     max_drift: float = Field(2.0, gt=0, description="Gate: largest mean |action change| against the anchor, in widths of the bounds.")
+    second_tier: Annotated[Literal["off", "block", "require"], BeforeValidator(_off)] = Field(
+        "off", description="Which policies may become the anchor: those not shown to be worse than it (block), shown to be better, all."
+    )
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="Share of explore users that learning leaves out, for the second tier.")
 
 
 class ServeConfig(Section):
@@ -378,6 +388,12 @@ class Config(Section):
             )
         if learner.group_weights is not None and len(learner.group_weights) != self.reward.num_groups:
             raise ValueError(f"learner.group_weights has {len(learner.group_weights)} values for {self.reward.num_groups} reward groups")
+        if self.policy.second_tier != "off" and not (self.exploration.explore_share and self.serve.num_unshown):
+            needs = f"exploration.explore_share {self.exploration.explore_share} and serve.num_unshown {self.serve.num_unshown} above 0"
+            raise ValueError(f"policy.second_tier {self.policy.second_tier} needs {needs}: the log could not tell policies apart")
+        aside = self.exploration.explore_share * self.policy.held_out_share
+        if (left := replay.capacity * (1 - aside)) < replay.min_size:
+            raise ValueError(f"policy.held_out_share leaves {left:.0f} steps to sample, replay.min_size is {replay.min_size}: never enough")
         if self.serve.list_size > self.serve.max_candidates:
             raise ValueError(f"serve.list_size {self.serve.list_size} > serve.max_candidates {self.serve.max_candidates}")
         if self.exploration.warmup_steps > self.exploration.round_steps:

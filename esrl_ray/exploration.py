@@ -13,6 +13,7 @@ import numpy as np
 from esrl_ray.config import ExplorationConfig
 from esrl_ray.vocabulary import Arm, Floats, Round
 
+HELD_OUT_SALT = "second-tier"
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -64,3 +65,17 @@ def arm_of(user_id: str, config: ExplorationConfig) -> Arm:
     if u < config.explore_share:
         return Arm.EXPLORE
     return Arm.EXPLOIT if u < config.explore_share + config.exploit_share else Arm.CONTROL
+
+
+def is_held_out(user_id: str, arm: str, *, share: float, salt: str = HELD_OUT_SALT) -> bool:
+    """Whether learning leaves a user out, so that the second tier of the gate judges by users whom nobody learnt from.
+
+    The replay and the gate both ask here, by user id, so that they cannot disagree. Only explore users are held out.
+
+    Args:
+        user_id: Of the user.
+        arm: Of the step.
+        share: Of explore users; 1 = all.
+        salt: Not that of the arms, or the users held out would be those at one end of them.
+    """
+    return arm == Arm.EXPLORE and (share >= 1 or hash64(f"{salt}/{user_id}") * 2.0**-64 < share)

@@ -15,7 +15,7 @@ no dictionaries are written: with Delta's defaults the 120th commit takes nearly
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pyarrow import dataset, fs
 
 from esrl_ray.errors import Fenced, LogError
 from esrl_ray.spec import Spec
+from esrl_ray.vocabulary import Bools
 from streaming.statefiles import StateFiles, WorkerState, open_store
 from streaming.steptable import check_widths, merge_steps, rows_to_table, step_schema
 
@@ -39,6 +40,7 @@ __all__ = [
     "commit_history",
     "list_workers",
     "read_commits",
+    "read_newest",
     "read_steps",
     "rows_to_table",
     "step_schema",
@@ -48,6 +50,7 @@ _logger = logging.getLogger(__name__)
 
 STATE_FOLDER = "_state"
 CHECKPOINT_EVERY = 100
+FILES_AT_ONCE = 16  # of `read_newest`: a file is one commit, some tens to thousands of rows
 NEWEST = 20  # entries of the table's history that a restart looks at
 INCARNATION, COMMITTED_MS, COMMIT, POSITIONS = "esrl.incarnation", "esrl.committed_ms", "esrl.commit", "esrl.positions"
 _STOP_ONE = "another worker of this name is running: stop one"
@@ -285,6 +288,34 @@ def read_steps(root: str | Path, *, as_of: Mapping[str, int] | None = None) -> p
         reader = _Reader(root, worker)
         until = reader.last if as_of is None else as_of.get(worker, -1)
         tables.append(reader.rows([path for low, _, paths in reader.files if low <= until for path in paths], until=until))
+    return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
+
+
+def read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Bools], *, max_rows: int = 500_000) -> pa.Table:
+    """About `num_steps` of the newest steps that count, merged, of all workers, in order of event time.
+
+    Files are read from the newest back, some at a time, so that a long log costs no more than what is asked for.
+
+    Args:
+        root: Folder of all workers' tables.
+        num_steps: How many; each worker gives its share, and what stands in the same files.
+        keep: Rows -> (n,) which of them count.
+        max_rows: Rows to look at, at most, in all workers together; the files of the last ones are read to their end.
+    """
+    workers, tables = list_workers(root), []
+    for worker in workers:
+        reader = _Reader(root, worker)
+        steps = looked = 0
+        newest: list[pa.Table] = []
+        for start in range(len(reader.files), 0, -FILES_AT_ONCE):
+            files = reader.files[max(0, start - FILES_AT_ONCE) : start]
+            rows = reader.rows([path for _, _, paths in files for path in paths])
+            kept = rows.filter(pa.array(keep(rows)))
+            newest.append(kept)
+            steps, looked = steps + len(kept) - kept["item_ids"].null_count, looked + len(rows)
+            if steps * len(workers) >= num_steps or looked * len(workers) >= max_rows:
+                break
+        tables += reversed(newest)
     return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
 
 

@@ -111,6 +111,8 @@ class OffPolicy:
         self._groups: Indices = np.zeros(n, np.int64)
         self._groups[allowed] = (rng.permutation(len(used)) % groups)[codes]
         self._folds: Indices = self._groups % 2
+        if not all((self._known & (self._folds == fold)).any() for fold in (0, 1)):
+            raise MethodError(f"the lists of {len(used)} users do not make two folds", "evaluation", "give a log of more users")
         self._counts = np.concatenate([np.ones((1, groups)), rng.multinomial(groups, np.full(groups, 1 / groups), self.settings.resamples)])
         self._rewards = steps.list_rewards.sum(1).astype(np.float64)
 

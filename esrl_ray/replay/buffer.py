@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from esrl_ray.config import Config
 from esrl_ray.errors import LogError
+from esrl_ray.exploration import is_held_out
 from esrl_ray.replay.chains import followers, future_columns
 from esrl_ray.replay.limiter import Limiter
 from esrl_ray.replay.sampler import Sampler
@@ -39,7 +40,8 @@ class ReplayBuffer:
     """Storage + sampler + limiter.
 
     A step can be sampled when what follows it is known: the user left, or its next list is here too. A truncated step has
-    nothing to bootstrap from; with `replay.sample_without_next`, which needs gamma 0, every step is sampled from the start.
+    nothing to bootstrap from; with `replay.sample_without_next`, which needs gamma 0, every step is sampled from the start. Steps of
+    held-out users (`policy.held_out_share`) are here, count as inserted, and are never sampled; the limiter grants nothing for them.
 
     Args:
         config: Spec, sizes, limits.
@@ -51,7 +53,7 @@ class ReplayBuffer:
         replay, learner = config.replay, config.learner
         self._spec, self._capacity, self._read_log = config.spec.build(), replay.capacity, read_log
         self._horizon = learner.num_future
-        self._sample_without_next = replay.sample_without_next
+        self._sample_without_next, self._held_out_share = replay.sample_without_next, config.policy.held_out_share
         self._storage = Storage(self._spec, num_groups=config.reward.num_groups, capacity=replay.capacity, max_pairs=config.max_pairs)
         self._sampler = Sampler(replay.capacity, seed=seed)
         self._limiter = Limiter(
@@ -63,6 +65,7 @@ class ReplayBuffer:
         self._ids: list[str | None] = [None] * replay.capacity
         self._next_ids: list[str | None] = [None] * replay.capacity  # of the steps that wait
         self._terminated = np.zeros(replay.capacity, np.float32)
+        self._held_out = np.zeros(replay.capacity, np.bool_)
         self._revisions = np.full(replay.capacity, -1, np.int32)
         self._next = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the next list, while both are here
         self._previous = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the step that has this one as its next list
@@ -91,7 +94,7 @@ class ReplayBuffer:
     @property
     def num_bytes(self) -> int:
         """Bytes of the columns."""
-        own = (self._revisions, self._terminated, self._next, self._previous)
+        own = (self._revisions, self._terminated, self._next, self._previous, self._held_out)
         return self._storage.num_bytes + self._sampler.num_bytes + sum(column.nbytes for column in own)
 
     def apply(self, worker: str, commit: int, rows: pa.Table, *, inserted_ms: int) -> None:
@@ -159,7 +162,7 @@ class ReplayBuffer:
             del self.inserted_ms[next(iter(self.inserted_ms))]
 
     def _insert(self, rows: pa.Table) -> int:
-        """Insert new steps and amend known ones; returns how many were new."""
+        """Insert new steps and amend known ones; returns how many new ones learning may draw."""
         if not len(rows):
             return 0
         ids = rows["step_id"].to_pylist()
@@ -168,12 +171,13 @@ class ReplayBuffer:
         whole = rows["item_ids"].is_valid().to_pylist()
         new = {ids[i]: i for i in reversed(range(len(ids))) if whole[i] and ids[i] not in self._slots}  # the first of each
         order = list(reversed(new.values()))
+        aside = self._aside(rows)
         for start in range(0, len(order), self._capacity):
             chunk = order[start : start + self._capacity]
             slots = [self._claim(ids[i]) for i in chunk]
             self._storage.write(np.array(slots, np.int64), rows, np.array(chunk, np.int64))
             for i, slot in zip(chunk, slots, strict=True):
-                self._revisions[slot] = revisions[i]
+                self._revisions[slot], self._held_out[slot] = revisions[i], aside[i]
                 self._follow(slot, next_ids[i], Ended(ended[i]))
         self.num_inserted += len(order)
         newest: dict[int, int] = {}  # slot -> row of its highest revision among the later ones
@@ -190,7 +194,14 @@ class ReplayBuffer:
             self._storage.amend(np.fromiter(newest, np.int64), rows, np.fromiter(newest.values(), np.int64))
             for slot, i in newest.items():
                 self._follow(slot, next_ids[i], Ended(ended[i]))
-        return len(order)
+        return len(order) - int(aside[order].sum())
+
+    def _aside(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
+        """(n,) rows of users that learning leaves out."""
+        if not self._held_out_share:
+            return np.zeros(len(rows), np.bool_)
+        pairs = zip(rows["user_id"].to_pylist(), rows["arm"].to_pylist(), strict=True)
+        return np.array([is_held_out(user, arm, share=self._held_out_share) for user, arm in pairs], np.bool_)
 
     def _claim(self, step_id: str) -> int:
         """The next slot of the ring; whoever is there goes, and its links with it."""
@@ -211,7 +222,12 @@ class ReplayBuffer:
 
     def _link(self, slot: int, following: int) -> None:
         self._next[slot], self._previous[following], self._next_ids[slot] = following, slot, None
-        self._sampler.add(slot)
+        self._offer(slot)
+
+    def _offer(self, slot: int) -> None:
+        """Let a step be sampled, unless its user is held out."""
+        if not self._held_out[slot]:
+            self._sampler.add(slot)
 
     def _unlink(self, slot: int) -> None:
         """Forget what follows a step."""
@@ -235,7 +251,7 @@ class ReplayBuffer:
                 return
             self._waiting[next_id], self._next_ids[slot] = slot, next_id
         if ended is Ended.TERMINATED or self._sample_without_next:
-            self._sampler.add(slot)
+            self._offer(slot)
         else:
             self._sampler.remove(slot)
 

@@ -32,6 +32,7 @@ class Steps:
         following: (n,) the number of the next step of the session, or UNKNOWN, LEFT, CUT.
         sessions: (n,) number of the session.
         users: (n,) number of the user.
+        user_ids: Ids of the users by number, as the log had them; empty where there is no log, and user 7 is `u7` then.
         rounds: (n,) round of progressive training.
         arms: (n,) index in `ARMS`.
     """
@@ -43,6 +44,7 @@ class Steps:
         self._columns: dict[str, npt.NDArray[Any]] = {**storage.columns, "behaviours": behaviours}
         self._keys = {name: np.full(capacity, UNKNOWN, np.int64) for name in ("following", "sessions", "users", "rounds", "arms")}
         self._size = 0
+        self.user_ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self._size
@@ -82,6 +84,10 @@ class Steps:
         """(n, q) reward of each list: the sum over its shown pairs."""
         rewards: Floats = (self.columns["rewards"] * self.columns["shown"][..., None]).sum(1)
         return rewards
+
+    def user_id(self, number: int) -> str:
+        """Id of one user."""
+        return self.user_ids[number] if self.user_ids else f"u{number}"
 
     def add(self, keys: Mapping[str, npt.ArrayLike], columns: Mapping[str, npt.NDArray[Any]]) -> Indices:
         """Append steps.
@@ -178,6 +184,7 @@ class Steps:
             },
             {**{name: column[: len(table)] for name, column in storage.columns.items()}, "behaviours": behaviours},
         )
+        steps.user_ids = tuple(pc.unique(table["user_id"]).to_pylist())
         ends = {Ended.TERMINATED: LEFT, Ended.TRUNCATED: CUT, Ended.OPEN: UNKNOWN, Ended.HAS_NEXT: UNKNOWN}
         pairs = zip(table["next_id"].to_pylist(), table["ended"].to_pylist(), strict=True)
         steps._keys["following"][: len(table)] = [numbers.get(after, UNKNOWN) if after else ends[Ended(ended)] for after, ended in pairs]

@@ -24,6 +24,9 @@ from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, two_items, vector
 
 LIMITS = SupportLimits(min_users=50, min_sessions=50, min_overlap=0.3, min_ess=100.0, min_ess_share=0.1)
 FAST = Settings(num_updates=0, resamples=100, num_groups=100, limits=LIMITS)
+FAR = Settings(
+    num_updates=0, resamples=20, limits=SupportLimits(min_users=1, min_sessions=1, min_overlap=0.99, min_ess=1.0, min_ess_share=0.0)
+)
 ALL = Rule(held_out_share=1.0)
 WORSE, EQUAL = (0.5, 0.05), (0.25, 0.25)
 """Chances to leave after A and B: with reward 1 and .2 always A is worth 2 and always B 4; with equal ones and rewards nothing matters."""
@@ -79,9 +82,14 @@ def test_the_same_policy_twice_differs_by_nothing_and_does_not_pass(setting: Con
 
 def test_too_little_data_abstains_with_the_reason(setting: Config) -> None:
     few = judge(setting, sessions=20, seed=0, candidate=ALWAYS_A, leaves=WORSE)
-    assert few.outcome == "abstain" and "too little support for the candidate: users 20, at least 50 needed" in few.text
+    assert few.outcome == "abstain" and "too little support: users 20, at least 50 needed; sessions 20" in few.text
+    apart = judge(setting, sessions=60, seed=0, candidate=ALWAYS_A, leaves=WORSE, settings=FAR)
+    assert apart.outcome == "abstain" and "too little support for the candidate: overlap" in apart.text
+    no_limits = Settings(num_updates=0, resamples=10, limits=SupportLimits(0, 0, 0.0, 0.0, 0.0))
+    alone = judge(setting, sessions=1, seed=0, candidate=ALWAYS_A, leaves=WORSE, settings=no_limits)
+    assert alone.outcome == "abstain" and "the lists of 1 users do not make two folds" in alone.text
     nobody = judge(setting, sessions=20, seed=0, candidate=ALWAYS_A, leaves=WORSE, rule=Rule(held_out_share=0.0))
-    assert (nobody.outcome, nobody.text, nobody.lists) == ("abstain", "no held-out explore users", 0)
+    assert (nobody.outcome, nobody.text, nobody.lists) == ("abstain", "second tier: abstain: no held-out explore users", 0)
 
 
 def test_held_out_users_are_a_stable_share_and_another_salt_takes_others(setting: Config) -> None:

@@ -15,7 +15,18 @@ from esrl_ray.errors import Fenced, LogError
 from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.vocabulary import Ended
 from streaming import statefiles
-from streaming.steplog import STATE_FOLDER, CommitInfo, StepLog, WorkerState, commit_history, list_workers, read_commits, read_steps
+from streaming.steplog import (
+    FILES_AT_ONCE,
+    STATE_FOLDER,
+    CommitInfo,
+    StepLog,
+    WorkerState,
+    commit_history,
+    list_workers,
+    read_commits,
+    read_newest,
+    read_steps,
+)
 from streaming.steptable import merge_steps, rows_to_table
 from tests.unit.test_replay import step
 
@@ -74,6 +85,27 @@ def test_merging_keeps_every_value_with_lists_of_one_width_and_of_several(config
     expected = rows_to_table(first).to_pylist()
     expected[1] |= {"revision": 1, "rewards": rows_to_table(again)["rewards"][0].as_py()}
     assert merged.to_pylist() == expected
+
+
+def test_the_newest_steps_that_count_are_read_from_the_end_of_a_long_log(tmp_path: Path, config: Config) -> None:
+    log, count = log_of(tmp_path, config), 2 * FILES_AT_ONCE + 3
+    assert len(read_newest(tmp_path, 5, lambda rows: np.ones(len(rows), np.bool_))) == 0
+    for n in range(count):
+        rows = [step(config, f"{n:03d}{x}") for x in "ab"]
+        amended = [step(config, f"{n - 1:03d}a", revision=1, ended=Ended.TERMINATED, reward=7.0)] if n else []
+        log.commit(state(n), rows_to_table([*rows, *amended]))
+    looked: list[int] = []
+
+    def only_a(rows: pa.Table) -> np.ndarray:
+        looked.append(len(rows))
+        return np.array([name.endswith("a") for name in rows["step_id"].to_pylist()])
+
+    newest = read_newest(tmp_path, FILES_AT_ONCE, only_a)
+    assert newest["step_id"].to_pylist() == [f"{n:03d}a" for n in range(count - FILES_AT_ONCE, count)]
+    assert newest["ended"].to_pylist() == [Ended.TERMINATED] * (FILES_AT_ONCE - 1) + [Ended.OPEN]
+    assert looked == [3 * FILES_AT_ONCE]
+    assert len(read_newest(tmp_path, 10**6, only_a)) == count
+    assert len(read_newest(tmp_path, 10**6, only_a, max_rows=1)) == FILES_AT_ONCE
 
 
 def test_a_second_incarnation_fences_the_first(tmp_path: Path, config: Config) -> None:
