@@ -54,6 +54,13 @@ def spawn(name: str, cls: type, *args: Any, detached: bool = False, max_concurre
     return ray.remote(cls).options(**options).remote(*args)
 
 
+def run_once(function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+    """Run a function in a process of its own, which ends with it. It is never repeated: its death is what the reference raises."""
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "max_calls": 1, "runtime_env": {"env_vars": THREADS}}
+    reference: ray.ObjectRef = ray.remote(**options)(function).remote(*args)
+    return reference
+
+
 def find(name: str) -> ActorHandle:
     """The actor of this name.
 

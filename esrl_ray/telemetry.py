@@ -16,6 +16,7 @@ COUNTERS = {
     "esrl_learner_gradient_steps_total": ("Gradient steps.", ()),
     "esrl_learner_samples_total": ("Transitions sampled.", ()),
     "esrl_policy_published_total": ("Policies that passed the gate.", ()),
+    "esrl_policy_judged_total": ("Verdicts of the second tier, by outcome.", ("outcome",)),
     "esrl_policy_rejected_total": ("Policies that the gate or the store refused.", ()),
 }
 GAUGES = {

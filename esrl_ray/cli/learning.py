@@ -17,7 +17,7 @@ from esrl_ray.cli.parts import Part, log_root, worker_names
 from esrl_ray.config import Config
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
-from streaming.steplog import read_commits
+from streaming.steplog import read_commits, read_newest
 
 
 def _commits_after(root: str, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
@@ -56,7 +56,14 @@ class LearnerPart(Part):
 
 def training_loop(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> TrainingLoop:
     """The training loop over the given actors, resuming from the run's newest checkpoint."""
-    return TrainingLoop(config, store=store, shards=shards, checkpoint_dir=config.run.path / "checkpoints", clock_ms=clock_ms)
+    return TrainingLoop(
+        config,
+        store=store,
+        shards=shards,
+        checkpoint_dir=config.run.path / "checkpoints",
+        clock_ms=clock_ms,
+        read_newest=functools.partial(read_newest, str(log_root(config))),
+    )
 
 
 def spawn_learner(config: Config, store: ActorHandle, shards: Sequence[ActorHandle]) -> ActorHandle:

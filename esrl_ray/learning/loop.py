@@ -23,8 +23,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from esrl_ray import actors
 from esrl_ray.config import Config
 from esrl_ray.errors import LearnersLost, LoopError, PolicyRejected
+from esrl_ray.evaluation.second_tier import ReadNewest, SecondTierVerdict
 from esrl_ray.learning.algorithm import EnhancedRL, learner_results
 from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
+from esrl_ray.learning.judging import Judging
 from esrl_ray.learning.learner import GRADIENT_STEPS
 from esrl_ray.learning.rounds import fit_scales, next_round, together
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
@@ -58,11 +60,25 @@ class TrainingLoop:
         shards: Actors of the replay shards.
         checkpoint_dir: Folder of the checkpoints; belongs to this loop alone.
         clock_ms: Wall clock, epoch milliseconds.
+        read_newest: Reads the step log for the second tier of the gate; needed unless that is off.
+
+    Raises:
+        LoopError: the second tier has no log to read.
     """
 
     def __init__(
-        self, config: Config, *, store: ActorHandle, shards: Sequence[ActorHandle], checkpoint_dir: Path, clock_ms: Callable[[], int]
+        self,
+        config: Config,
+        *,
+        store: ActorHandle,
+        shards: Sequence[ActorHandle],
+        checkpoint_dir: Path,
+        clock_ms: Callable[[], int],
+        read_newest: ReadNewest | None = None,
     ) -> None:
+        if config.policy.second_tier != "off" and read_newest is None:
+            raise LoopError(f"policy.second_tier {config.policy.second_tier} has no log to read", "training loop", "pass read_newest")
+        self._read_newest = read_newest
         self._config, self._spec = config, config.spec.build()
         self._store, self._shards = store, list(shards)
         self._checkpoints, self._clock_ms = checkpoint_dir, clock_ms
@@ -77,6 +93,9 @@ class TrainingLoop:
         self._learner_pids: list[int] = []
         self._state = "starting"
         self._lineage: Mapping[str, int] = {}
+        self._judging: Judging | None = None  # the round's candidate, while it is under way
+        self._judged: tuple[int, SecondTierVerdict] | None = None  # its version and verdict, until the round ends or goes on
+        self._last_verdict = ""
 
     def run(self, stop: threading.Event) -> None:
         """Train until `stop` is set, then write a last checkpoint.
@@ -102,6 +121,7 @@ class TrainingLoop:
                 self._state = "rebuilding"
                 stop.wait(1.0)
             finally:
+                self._forget_verdict()  # a loop that comes back judges again
                 if algorithm is not None:
                     _close(algorithm)
         self._state = "stopped"
@@ -120,6 +140,7 @@ class TrainingLoop:
             "version": self._progress.version,
             "published": self._progress.published,
             "rejected": self._progress.rejected,
+            "second_tier": self._last_verdict or self._config.policy.second_tier,
             "rebuilds": self._rebuilds,
             "learner_pids": self._learner_pids,
             "lineage": dict(self._lineage),
@@ -228,28 +249,77 @@ class TrainingLoop:
         self._published_steps = steps
 
     def _end_round(self, algorithm: EnhancedRL) -> None:
-        """Make the store's current policy the next anchor; a round goes on while there is no new one, or one is pinned."""
-        if (snapshot := self._snapshot()) is None:
+        """Make the store's current policy, or the one that was judged, the next anchor; learning goes on while it is being judged."""
+        if self._under_way() or (snapshot := self._snapshot()) is None:
             return
-        current = Policy.from_bytes(snapshot.current)
         ours = (self._progress.round, self._progress.anchor_version)
         if ours == (snapshot.round.number, snapshot.round.anchor_version):
-            if snapshot.pinned or current.version == snapshot.round.anchor_version:
-                _logger.info(
-                    "round goes on number=%d: %s", snapshot.round.number, "a policy is pinned" if snapshot.pinned else "no new policy"
-                )
-                self._progress.round_from = sum(self._inserted)
+            if (version := self._next_anchor(snapshot)) is None:
                 return
-            turn = next_round(snapshot.round.number + 1, current.version, self._config, started_ms=self._clock_ms())
+            turn = next_round(snapshot.round.number + 1, version, self._config, started_ms=self._clock_ms())
             try:
                 ray.get(self._store.start_round.remote(turn), timeout=STORE_TIMEOUT_S)
             except (RayActorError, GetTimeoutError, PolicyRejected) as error:
                 _logger.warning("the store did not start round %d, trying again: %s", turn.number, str(error).splitlines()[0])
+                if isinstance(error, PolicyRejected):  # that version is no good: judge what serves by then
+                    self._forget_verdict()
                 return
+            by = self._judged[1].text if self._judged else "first tier only"
+            log_change(_logger, "policy promoted", {"version": version, "round": turn.number, "by": by})
             if (snapshot := self._snapshot()) is None:
                 return
         if self._adopt(algorithm, snapshot):
             self._save(algorithm)
+
+    def _next_anchor(self, snapshot: PolicySnapshot) -> int | None:
+        """Version that becomes the next anchor. None while it is being judged, and when the round goes on: none is new, or may be."""
+        turn, mode = snapshot.round, self._config.policy.second_tier
+        current = Policy.from_bytes(snapshot.current)
+        if snapshot.pinned:
+            self._go_on(turn.number, "a policy is pinned")
+        elif self._judged is not None:
+            version, verdict = self._judged
+            if verdict.passed if mode == "require" else verdict.outcome != "block":
+                return version
+            self._go_on(turn.number, f"version {version} is not promoted: {verdict.text}")
+        elif current.version == turn.anchor_version:
+            self._go_on(turn.number, "no new policy")
+        elif mode == "off" or self._read_newest is None:
+            return current.version
+        else:
+            anchor = Policy.from_bytes(snapshot.anchor)
+            self._judging = Judging(current, anchor, self._config, self._read_newest, clock_ms=self._clock_ms)
+        return None
+
+    def _under_way(self) -> bool:
+        """Whether a judgement is. One that has ended is kept beside its policy, counted, and decides about the round."""
+        if self._judging is None:
+            return False
+        if (verdict := self._judging.verdict()) is None:
+            return True
+        version = self._judging.candidate.version
+        try:
+            ray.get(self._store.keep_verdict.remote(version, verdict), timeout=STORE_TIMEOUT_S)
+        except (RayActorError, GetTimeoutError) as error:
+            _logger.warning("the store did not keep a verdict, trying again: %s", str(error).splitlines()[0])
+            return True
+        except PolicyRejected as error:
+            _logger.warning("the verdict on version %d is not kept: %s", version, error)
+        self._telemetry.count("esrl_policy_judged_total", outcome=verdict.outcome)
+        log_change(_logger, "policy judged", {"version": version, "against": verdict.against, "verdict": verdict.text})
+        self._judging, self._judged, self._last_verdict = None, (version, verdict), f"version {version}: {verdict.text}"
+        return False
+
+    def _go_on(self, number: int, why: str) -> None:
+        """Let the round last for as many steps again."""
+        _logger.info("round goes on number=%d: %s", number, why)
+        self._progress.round_from = sum(self._inserted)
+        self._forget_verdict()
+
+    def _forget_verdict(self) -> None:
+        if self._judging is not None:
+            self._judging.cancel()
+        self._judging = self._judged = None
 
     def _adopt(self, algorithm: EnhancedRL, snapshot: PolicySnapshot) -> bool:
         """Take over the store's round when it is not ours: its anchor, and scales refitted on recent lists. False: try again later."""
@@ -263,6 +333,7 @@ class TrainingLoop:
         return True
 
     def _enter(self, snapshot: PolicySnapshot, *, round_from: int) -> None:
+        self._forget_verdict()
         turn = snapshot.round
         self._progress.round, self._progress.anchor_version, self._progress.round_from = turn.number, turn.anchor_version, round_from
         log_change(_logger, "round entered", {"number": turn.number, "anchor": turn.anchor_version, "inserted": sum(self._inserted)})

@@ -1,6 +1,7 @@
 """Where policies live: one folder of immutable versions and one `current.json` that says which of them serve.
 
     <folder>/00000007/policy.safetensors, manifest.json     a version; never changed once it is there
+    <folder>/00000007/verdict.json                          what the second tier said of it, if it was asked
     <folder>/current.json                                   which version serves, the round, whether it is pinned
     <folder>/history.jsonl                                  each `current.json` that there was, for people and reports
 
@@ -23,6 +24,7 @@ import msgspec
 from esrl_ray.config import Config
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.evaluation.gate import judge
+from esrl_ray.evaluation.second_tier import SecondTierVerdict, save_verdict
 from esrl_ray.policy.policy import MANIFEST_FILE, Manifest, Policy
 from esrl_ray.vocabulary import Round, TransitionBatch
 
@@ -191,6 +193,17 @@ class PolicyStore:
         self.load(turn.anchor_version)
         self._change(round=turn)
         _logger.info("round started number=%d anchor=%d", turn.number, turn.anchor_version)
+
+    def keep_verdict(self, version: int, verdict: SecondTierVerdict) -> None:
+        """Keep what the second tier said beside the version that it said it of; a later verdict replaces an earlier one.
+
+        Raises:
+            PolicyRejected: no such whole version, or the verdict is of other parameters.
+        """
+        if (digest := self.load(version).manifest.digest) != verdict.candidate:
+            text = f"a verdict on {verdict.candidate[:12]} for version {version}, which is {digest[:12]}"
+            raise PolicyRejected(text, str(self._folder), "judge that version")
+        save_verdict(version_folder(self._folder, version), verdict)
 
     def rollback(self, version: int) -> int:
         """Serve an old version's parameters again, under a new number, until the next publish.

@@ -12,6 +12,7 @@ from typing import IO, Literal
 
 from esrl_ray.config import Config
 from esrl_ray.errors import PolicyRejected
+from esrl_ray.evaluation.second_tier import SecondTierVerdict
 from esrl_ray.policy.policy import Manifest
 from esrl_ray.policy.store import PolicySnapshot, PolicyStore
 from esrl_ray.vocabulary import Round, TransitionBatch
@@ -97,6 +98,10 @@ class PolicyStoreActor:
         """See `PolicyStore.start_round`."""
         self._store.start_round(turn)
         await self._tell()
+
+    async def keep_verdict(self, version: int, verdict: SecondTierVerdict) -> None:
+        """See `PolicyStore.keep_verdict`."""
+        self._store.keep_verdict(version, verdict)
 
     async def rollback(self, version: int) -> int:
         """See `PolicyStore.rollback`."""

@@ -23,7 +23,7 @@ from esrl_ray.learning.replay_shard import ReplayShard
 from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.policy.store_actor import PolicyStoreActor
 from esrl_ray.vocabulary import Ended, StepRow
-from streaming.steplog import StepLog, WorkerState, read_commits
+from streaming.steplog import StepLog, WorkerState, read_commits, read_newest
 from streaming.steptable import rows_to_table
 from tests.transitions import make_transitions
 
@@ -117,7 +117,12 @@ class Running:
         self.stop_event = threading.Event()
         self.errors: list[BaseException] = []
         self.loop = TrainingLoop(
-            self.config, store=self.store, shards=[self.shard], checkpoint_dir=self.folder / "checkpoints", clock_ms=clock_ms
+            self.config,
+            store=self.store,
+            shards=[self.shard],
+            checkpoint_dir=self.folder / "checkpoints",
+            clock_ms=clock_ms,
+            read_newest=functools.partial(read_newest, str(self.folder / "log")),
         )
         self.thread = threading.Thread(target=self._run)
         self.thread.start()

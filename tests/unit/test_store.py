@@ -14,6 +14,7 @@ import torch
 from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config, ExplorationConfig, SpecConfig
 from esrl_ray.errors import PolicyRejected
+from esrl_ray.evaluation.second_tier import Rule, abstained, load_verdict
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import TENSORS_FILE, Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import CURRENT_FILE, HISTORY_FILE, PolicyStore, read_snapshot, version_folder
@@ -154,6 +155,20 @@ def test_rounds_only_go_up_and_need_a_whole_anchor(tmp_path: Path) -> None:
         with pytest.raises(PolicyRejected):
             store.start_round(turn)
     assert store.snapshot().round == round_1(2)
+
+
+def test_a_verdict_is_kept_beside_its_version_and_changes_nothing_that_serves(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    version, before = store.publish(learnt(), None), store.current
+    said = [abstained(store.load(version), store.load(1), why, rule=Rule()) for why in ("no data", "still no data")]
+    for verdict in said:
+        store.keep_verdict(version, verdict)
+    assert load_verdict(version_folder(tmp_path, version)) == said[1] and said[1].against == 1
+    assert store_at(tmp_path).load(version).version == version and store.current == before
+    with pytest.raises(PolicyRejected, match="judge that version"):
+        store.keep_verdict(1, said[0])
+    with pytest.raises(PolicyRejected):
+        store.keep_verdict(9, said[0])
 
 
 def test_the_gate_measures_from_the_rounds_anchor(tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""The end of a round with the second tier: what is judged is what may become the anchor, and no verdict holds up the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from esrl_ray import actors
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import LoopError
+from esrl_ray.evaluation.second_tier import Rule, SecondTierVerdict, abstained, load_verdict
+from esrl_ray.learning import loop as loop_module
+from esrl_ray.learning.loop import TrainingLoop
+from esrl_ray.policy.policy import Policy
+from esrl_ray.policy.store import CONTROL_VERSION, PolicyStore, version_folder
+
+
+class Local:
+    """An actor's handle that calls the plain object at once."""
+
+    def __init__(self, real: object) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self._real, name))
+
+
+class FakeJudging:
+    """Says nothing until the test lets it."""
+
+    made: list[FakeJudging]
+
+    def __init__(self, candidate: Policy, anchor: Policy, *_: object, **__: object) -> None:
+        self.candidate, self.anchor, self.cancelled = candidate, anchor, False
+        self.says: SecondTierVerdict | None = None
+        self.made.append(self)
+
+    def verdict(self) -> SecondTierVerdict | None:
+        return self.says
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Ending:
+    """A training loop at the end of round 0, over a real store, without Ray and without learners."""
+
+    def __init__(self, folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config = load_config("configs/demo.yaml", [f"policy.second_tier={mode}"])
+        self.store = PolicyStore(folder / "policies", self.config, clock_ms=lambda: 5)
+        FakeJudging.made = []
+        monkeypatch.setattr(loop_module, "Judging", FakeJudging)
+        monkeypatch.setattr(ray, "get", lambda found, timeout: found)
+        monkeypatch.setattr(actors, "ask", lambda call, *args: call(*args))
+        self.loop = TrainingLoop(
+            self.config,
+            store=Local(self.store),
+            shards=[],
+            checkpoint_dir=folder / "checkpoints",
+            clock_ms=lambda: 5,
+            read_newest=lambda *_: pa.table({}),
+        )
+        self.counted: list[str] = []
+        self.loop._telemetry = SimpleNamespace(count=lambda name, **tags: self.counted.append(tags["outcome"]))  # type: ignore[assignment]
+        self.loop._inserted, self.loop._progress.anchor_version = [700], CONTROL_VERSION
+        monkeypatch.setattr(self.loop, "_recent", lambda _: None)  # so that nothing is adopted: there is no learner
+
+    def publish(self, value: float) -> int:
+        spec = self.config.spec.build()
+        return self.store.publish(Policy.static(spec, np.full(spec.num_actions, value, np.float32)).to_bytes(), None)
+
+    def end(self) -> None:
+        self.loop._end_round(None)  # type: ignore[arg-type]
+
+    def says(self, outcome: str) -> FakeJudging:
+        (judging,) = FakeJudging.made
+        said = abstained(judging.candidate, judging.anchor, "as told", rule=Rule())
+        judging.says = msgspec.structs.replace(said, outcome=outcome)
+        return judging
+
+    @property
+    def anchor(self) -> int:
+        return self.store.current.round.anchor_version
+
+
+@pytest.fixture
+def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ending]:
+    return lambda mode: Ending(tmp_path, mode, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("mode", "outcome", "promoted"),
+    [
+        ("block", "pass", True),
+        ("block", "abstain", True),
+        ("block", "block", False),
+        ("require", "pass", True),
+        ("require", "abstain", False),
+        ("require", "block", False),
+    ],
+)
+def test_the_verdict_decides_whether_the_judged_version_becomes_the_anchor(
+    ending: Callable[[str], Ending], tmp_path: Path, mode: str, outcome: str, *, promoted: bool
+) -> None:
+    at = ending(mode)
+    judged = at.publish(0.1)
+    at.end()
+    newer = at.publish(0.2)
+    at.end()  # still being judged: learning goes on
+    assert at.anchor == CONTROL_VERSION and not at.counted and len(FakeJudging.made) == 1
+    at.says(outcome)
+    at.end()
+    assert at.anchor == (judged if promoted else CONTROL_VERSION) and at.store.current.version == newer
+    kept = load_verdict(version_folder(tmp_path / "policies", judged))
+    assert kept is not None and kept.outcome == outcome and kept.against == CONTROL_VERSION
+    assert at.counted == [outcome] and f"version {judged}: " in at.loop.status()["second_tier"]
+    assert at.loop._progress.round_from == (0 if promoted else 700)
+
+
+def test_the_next_judgement_after_a_blocked_one_is_of_what_serves_then(ending: Callable[[str], Ending]) -> None:
+    at = ending("block")
+    at.publish(0.1)
+    at.end()
+    at.says("block")
+    at.end()
+    newer = at.publish(0.2)
+    at.end()
+    assert [judging.candidate.version for judging in FakeJudging.made][1:] == [newer]
+    assert FakeJudging.made[1].anchor.version == CONTROL_VERSION
+
+
+def test_without_the_second_tier_the_newest_version_becomes_the_anchor_at_once(
+    ending: Callable[[str], Ending], caplog: pytest.LogCaptureFixture
+) -> None:
+    at = ending("off")
+    version = at.publish(0.1)
+    with caplog.at_level("INFO"):
+        at.end()
+    assert at.anchor == version and not FakeJudging.made
+    assert f"policy promoted version={version} round=1 by=first tier only" in caplog.text
+
+
+def test_a_pin_holds_back_what_was_judged_meanwhile(ending: Callable[[str], Ending]) -> None:
+    at = ending("block")
+    at.publish(0.1)
+    at.end()
+    at.store.pin("static")
+    at.says("pass")
+    at.end()
+    assert at.anchor == CONTROL_VERSION and at.counted == ["pass"]
+
+
+def test_a_round_that_someone_else_started_is_not_ended_by_an_old_verdict(ending: Callable[[str], Ending]) -> None:
+    at = ending("block")
+    at.publish(0.1)
+    at.end()
+    other = at.publish(0.2)
+    at.store.start_round(msgspec.structs.replace(at.store.current.round, number=5, anchor_version=other))
+    at.says("pass")
+    at.end()
+    assert (at.store.current.round.number, at.anchor) == (5, other)
+
+
+def test_a_loop_that_ends_gives_up_its_judgement(ending: Callable[[str], Ending]) -> None:
+    at = ending("block")
+    at.publish(0.1)
+    at.end()
+    at.loop._forget_verdict()
+    assert FakeJudging.made[0].cancelled
+    at.end()
+    assert len(FakeJudging.made) == 2
+
+
+def test_a_loop_without_a_log_to_read_is_refused(tmp_path: Path) -> None:
+    config: Config = load_config("configs/demo.yaml", ["policy.second_tier=block"])
+    handles: dict[str, Any] = {"store": None, "shards": [], "checkpoint_dir": tmp_path, "clock_ms": lambda: 0}
+    with pytest.raises(LoopError, match="has no log to read"):
+        TrainingLoop(config, **handles)
