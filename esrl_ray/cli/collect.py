@@ -249,7 +249,8 @@ def make_report(config: Config, readings: Readings, *, data: Path | None, say: C
     spec = config.spec.build()
     swaps = [at - published for replica in readings.replicas for _, published, at in replica["swaps"]]
     final = by_version[versions[-1]]
-    notes = [f"Promotion was by the gate's first tier only: {final.verdict}."]
+    tier = config.policy.second_tier
+    notes = [f"Promotion was by {'the first tier only' if tier == 'off' else f'both tiers ({tier})'} of the gate: {final.verdict}."]
     if times.num_undrawable:
         notes.append(f"{times.num_undrawable} truncated steps are not in the loop delay: training never draws them.")
     if times.num_before:

@@ -1,6 +1,7 @@
 """`esrl policy`: which versions there are, which one serves, and the ways back: rollback, pin, unpin. `pin static` is the kill switch.
 
-`list` and `show` read the files. The others change what serves: through the store's actor when one owns the files, else on the files.
+`list` and `show` read the files. The others change them, through the store's actor when one owns them, else directly; `judge` changes
+nothing that serves.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ from pathlib import Path
 
 import click
 import msgspec
+import pyarrow as pa
 import ray
+import torch
 
 from esrl_ray import actors
+from esrl_ray.cli.evaluate import read_log
+from esrl_ray.cli.parts import log_root
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
+from esrl_ray.evaluation.second_tier import KeepRows, ReadNewest, judge_log, load_verdict
 from esrl_ray.policy.policy import Policy
 from esrl_ray.policy.store import CURRENT_FILE, Current, PolicyStore, read_current, read_manifests, version_folder
 from esrl_ray.policy.store_actor import own, owner_address, wall_clock_ms
 from esrl_ray.vocabulary import cut_lineage
+from streaming.steplog import read_newest
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
 
@@ -65,10 +72,32 @@ def list_versions(config: Config, *, last: int) -> None:
 @click.argument("version", type=click.IntRange(min=1))
 @_deployment
 def show(config: Config, *, version: int) -> None:
-    """The manifest of one version as JSON, after checking the sha256 of its tensors."""
-    manifest = Policy.load(version_folder(_folder(config), version)).manifest
+    """The manifest of one version as JSON, after checking the sha256 of its tensors; then what the second tier said of it."""
+    folder = version_folder(_folder(config), version)
+    manifest = Policy.load(folder).manifest
     click.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=1).decode())
     click.echo(f"whole; trained on {cut_lineage(manifest.lineage) or 'nothing'}", err=True)
+    verdict = load_verdict(folder)
+    click.echo(f"{verdict.text}; against version {verdict.against}" if verdict else "second tier: not judged", err=True)
+
+
+@policy_group.command()
+@click.argument("version", type=click.IntRange(min=1))
+@click.option("--against", type=click.IntRange(min=1), help="Version to compare with; default: the anchor of the round.")
+@click.option("--log", type=click.Path(path_type=Path, exists=True), help="Step log, or Parquet file of steps; default: the run's own.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, features, resamples.")
+@_address
+@_deployment
+def judge(config: Config, *, address: str | None, version: int, against: int | None, log: Path | None, seed: int) -> None:
+    """Ask the second tier about VERSION, by off-policy estimates on held-out explore users, and keep the verdict beside it."""
+    torch.set_num_threads(1)
+    anchor = against or _current(config).round.anchor_version
+    if anchor == version:
+        raise click.UsageError(f"version {version} is the anchor: name another one with --against")
+    policies = [Policy.load(version_folder(_folder(config), number)) for number in (version, anchor)]
+    verdict = judge_log(policies[0], policies[1], config, _reader(log, config), seed=seed)
+    _change(config, address, "keep_verdict", version, verdict)
+    click.echo(f"{verdict.text}; against version {anchor}")
 
 
 @policy_group.command()
@@ -104,6 +133,19 @@ def unpin(config: Config, *, address: str | None) -> None:
     click.echo(f"not pinned; version {_current(config).version} serves")
 
 
+def _reader(log: Path | None, config: Config) -> ReadNewest:
+    """Reader of a step log's newest steps, or of a Parquet file's."""
+    if log is None or not log.is_file():
+        return functools.partial(read_newest, str(log or log_root(config)))
+
+    def of_file(num_steps: int, keep: KeepRows) -> pa.Table:
+        rows = read_log(log)
+        kept = rows.filter(pa.array(keep(rows)))
+        return kept.slice(max(0, len(kept) - num_steps))
+
+    return of_file
+
+
 def _folder(config: Config) -> Path:
     return config.run.path / "policies"
 
@@ -117,7 +159,7 @@ def _current(config: Config) -> Current:
     return current
 
 
-def _change(config: Config, address: str | None, method: str, *args: int | str) -> object:
+def _change(config: Config, address: str | None, method: str, *args: object) -> object:
     """Call one method of the store: of its actor when an address is named or a process owns the files, else on the files."""
     _current(config)  # a wrong folder is an error here, not a new store there
     if address is None:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from esrl_ray.cli.parts import log_root
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.config import load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
+from esrl_ray.evaluation.second_tier import load_verdict
 from esrl_ray.policy.policy import Policy
-from esrl_ray.policy.store import PolicyStore, read_snapshot
+from esrl_ray.policy.store import PolicyStore, read_snapshot, version_folder
 from esrl_ray.policy.store_actor import own
+from streaming.steplog import StepLog, WorkerState
+from tests.step_tables import simulated_steps, step_table
 
 ROOT = Path(__file__).parents[2]
+HELD_OUT = ["policy.second_tier=block", "policy.held_out_share=0.4"]
 
 
 @pytest.fixture
@@ -48,6 +55,31 @@ def test_rollback_lists_the_new_version_with_its_reason(run: Path) -> None:
 def test_show_prints_the_manifest(run: Path) -> None:
     result = esrl_policy(run, "show", "1")
     assert json.loads(result.stdout)["kind"] == "static" and "whole" in result.stderr
+
+
+def test_judge_reads_the_runs_log_and_keeps_a_verdict_that_show_prints(run: Path, tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/demo.yaml", [f"run.dir={tmp_path}", *HELD_OUT])
+    spec = config.spec.build()
+    store = PolicyStore(tmp_path / "policies", config, clock_ms=lambda: 6)
+    version = store.publish(Policy.static(spec, np.full(spec.num_actions, 0.1, np.float32)).to_bytes(), None)
+    assert "second tier: not judged" in esrl_policy(run, "show", str(version)).stderr
+    arguments = [argument for override in HELD_OUT for argument in ("--set", override)]
+    assert "no held-out explore users; against version 1" in esrl_policy(run, "judge", str(version), *arguments).stdout
+
+    table = step_table(simulated_steps(config, 600))
+    log = StepLog(log_root(config), "ingest-0", "one", spec)
+    log.commit(WorkerState(commit=0, incarnation="one", positions={}, joiners={}, committed_ms=1), table)
+    said = esrl_policy(run, "judge", str(version), *arguments).stdout
+    assert said.startswith("second tier: abstain: too little support: ") and "against version 1" in said
+    assert said.strip() in esrl_policy(run, "show", str(version)).stderr
+    verdict = load_verdict(version_folder(tmp_path / "policies", version))
+    assert verdict is not None and verdict.rule.unseen and 0 < verdict.lists < 300 and verdict.times_ms[1] > verdict.times_ms[0] > 0
+    assert verdict.candidate == store.load(version).manifest.digest
+
+    pq.write_table(table, tmp_path / "steps.parquet")
+    other = esrl_policy(run, "judge", "1", "--against", str(version), "--log", str(tmp_path / "steps.parquet"), *arguments)
+    assert f"against version {version}" in other.stdout
+    assert "is the anchor" in esrl_policy(run, "judge", "1").output
 
 
 def test_a_version_that_does_not_exist_is_refused(run: Path) -> None:
