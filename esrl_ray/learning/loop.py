@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from esrl_ray import actors
 from esrl_ray.config import Config
@@ -303,7 +303,7 @@ class TrainingLoop:
         except (RayActorError, GetTimeoutError) as error:
             _logger.warning("the store did not keep a verdict, trying again: %s", str(error).splitlines()[0])
             return True
-        except PolicyRejected as error:
+        except (PolicyRejected, RayTaskError) as error:  # it is no less a verdict
             _logger.warning("the verdict on version %d is not kept: %s", version, error)
         self._telemetry.count("esrl_policy_judged_total", outcome=verdict.outcome)
         log_change(_logger, "policy judged", {"version": version, "against": verdict.against, "verdict": verdict.text})
