@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.policy.sample_batch import MultiAgentBatch
 
 from esrl_ray.algo.networks import Networks
 from esrl_ray.algo.update import LearnState, UpdateResult, make_optimisers, prepare, update
@@ -86,6 +87,10 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
         self.metrics.log_value((DEFAULT_MODULE_ID, GRADIENT_STEPS), self.learn_state.gradient_steps, reduce="max")
         return {}, {DEFAULT_MODULE_ID: means.critic_loss + means.actor_loss}, {}
+
+    def _convert_batch_type(self, batch: MultiAgentBatch, *args: Any, **kwargs: Any) -> MultiAgentBatch:
+        """Tensors where the columns are: `prepare` moves them, through pinned memory and without a wait."""
+        return super()._convert_batch_type(batch, to_device=False)
 
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Any:
         """Abstract in RLlib; the fused update has no single loss."""

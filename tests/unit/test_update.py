@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.algo.update import Batch, LearnState, UpdateResult, pick_device, prepare, update
+from esrl_ray.algo.device import pick_device
+from esrl_ray.algo.update import Batch, LearnState, UpdateResult, prepare, update
 from esrl_ray.config import Config
 from esrl_ray.fusion import fused_scores
 from esrl_ray.vocabulary import TransitionBatch
