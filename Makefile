@@ -8,7 +8,7 @@ UV := $(VENV)/uv/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-methods bench-kuairand lock clean
+.PHONY: setup demo test check bench-methods bench-kuairand bench-speed lock clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ bench-methods: $(STAMP)
 
 bench-kuairand: $(STAMP)
 	$(BIN)/python -m benchmarks.kuairand $(ARGS)
+
+bench-speed: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed $(ARGS)
 
 lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --quiet --output-file requirements.lock

@@ -3,15 +3,13 @@
 - A gradient step through RLlib, local and remote, against the bare torch loop with the same math.
 - A critic step of the batched ensemble (q = 2 groups x m critics) against as many separate modules.
 
-OMP_NUM_THREADS=1 python benchmarks/learner.py [--quick] [--remote] [--config configs/demo.yaml] [--set learner.batch_size=256]
+OMP_NUM_THREADS=1 python -m benchmarks.learner [--quick] [--remote] [--config configs/demo.yaml] [--set learner.batch_size=256]
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +17,7 @@ import ray
 import torch
 from torch import nn
 
+from benchmarks.timing import Table, in_turns
 from esrl_ray.algo.losses import list_sum_td
 from esrl_ray.algo.networks import Critics
 from esrl_ray.algo.update import LearnState, prepare, update
@@ -68,22 +67,8 @@ def made_up(config: Config, num_steps: int) -> TransitionBatch:
     return batch
 
 
-def milliseconds(
-    calls: Mapping[str, Callable[[], None]], *, rounds: int, steps: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Median time of each call per step, in turns; the first two rounds do not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if number >= 2:
-                times[name].append(1e3 * (clock() - start) / steps)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
-def through_rllib(config: Config, *, remote: Config | None, rounds: int) -> None:
-    """Print a gradient step: bare torch, local learner, remote learner."""
+def through_rllib(config: Config, *, remote: Config | None = None, compiled: Config | None = None, rounds: int) -> Table:
+    """A gradient step: bare torch, local learner, and, with a configuration of theirs, a remote and a compiled one."""
     per_call = config.learner.updates_per_call
     transitions = made_up(config, config.learner.batch_size * per_call)
     batch = to_multi_agent_batch(transitions)
@@ -100,10 +85,20 @@ def through_rllib(config: Config, *, remote: Config | None, rounds: int) -> None
         ray.init(address="local", include_dashboard=False, log_to_driver=False)
         away, ref = EnhancedRL.of(remote), ray.put(batch)
         calls["RLlib, one remote learner"] = lambda: away.learn({}, [ref])
-    found = milliseconds(calls, rounds=rounds, steps=per_call)
-    print(f"gradient step, critic {config.learner.critic}, B = {config.learner.batch_size}, {per_call} per call")
-    for name, each in found.items():
-        print(f"  {name:<28} {each:7.2f} ms  x {each / found[base]:.2f}")
+    if compiled is not None:
+        with_compile = EnhancedRL.of(compiled)
+        calls["RLlib, local learner, learner.compile"] = lambda: with_compile.learn({}, [batch])
+    found = in_turns(calls, rounds=rounds)
+    rows = [
+        (name, *(f"{1e3 * value / per_call:.2f}" for value in each), *(f"{a / b:.2f}" for a, b in zip(each, found[base], strict=True)))
+        for name, each in found.items()
+    ]
+    return Table(
+        f"Gradient step: critic {config.learner.critic}, B = {config.learner.batch_size}, {per_call} steps per call",
+        "at most 1.1 times the bare torch loop",
+        ("", "ms of the processor", "ms of wall time", "ratio (processor)", "ratio (wall)"),
+        rows,
+    )
 
 
 class SeparateCritics(nn.Module):
@@ -153,26 +148,34 @@ def critic_step(critics: nn.Module, targets: nn.Module, config: Config, batch: i
     return step
 
 
-def ensemble(config: Config, *, rounds: int) -> None:
-    """Print a critic step of the ensemble and of separate modules for each m and B."""
+def ensemble(config: Config, *, rounds: int, critics: Sequence[int] = CRITICS, batches: Sequence[int] = BATCHES) -> Table:
+    """A critic step of the ensemble and of separate modules for each m and B."""
     spec, sizes = config.spec.build(), config.learner.hidden_sizes
     num_inputs = spec.num_features + spec.num_scores + spec.num_actions
-    print(f"critic step, {NUM_GROUPS} groups x m critics, layers {sizes}: batched ensemble, separate modules, ms of one core")
+    rows = []
 
     def together(num_critics: int) -> Critics:
         return Critics(spec, NUM_GROUPS, num_critics, hidden_sizes=sizes, embedding_size=config.learner.embedding_size)
 
-    for num_critics in CRITICS:
-        for batch in BATCHES:
+    for num_critics in critics:
+        for batch in batches:
             calls = {
-                "batched": critic_step(together(num_critics), together(num_critics), config, batch),
+                "together": critic_step(together(num_critics), together(num_critics), config, batch),
                 "separate": critic_step(
                     SeparateCritics(num_inputs, num_critics, sizes), SeparateCritics(num_inputs, num_critics, sizes), config, batch
                 ),
             }
-            found = milliseconds(calls, rounds=rounds, clock=time.process_time)  # one thread: what else runs does not count
-            ratio = found["separate"] / found["batched"]
-            print(f"  m = {num_critics:2}  B = {batch:3}  {found['batched']:8.2f}  {found['separate']:8.2f}  x {ratio:.2f}")
+            found = in_turns(calls, rounds=rounds)
+            one, many = found["together"].cpu, found["separate"].cpu
+            target = "2" if num_critics == 10 else "1"
+            rows.append((str(num_critics), str(batch), f"{1e3 * one:.2f}", f"{1e3 * many:.2f}", f"{many / one:.2f}", target))
+    return Table(
+        f"Critic step of {NUM_GROUPS} groups x m critics, layers {', '.join(map(str, sizes))}: one ensemble against separate modules",
+        "ratio at least 1 at every m and B, at least 2 at m = 10",
+        ("m", "B", "ensemble, ms", "separate, ms", "ratio", "target"),
+        rows,
+        ["Processor time of one thread: list-sum TD with targets, gradients and Adam. B is lists; each has 5 pairs."],
+    )
 
 
 def main() -> None:
@@ -186,8 +189,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rounds = 7 if arguments.quick else 40
     config, remote = (load_config(arguments.config, [*arguments.overrides, f"learner.num_learners={n}"]) for n in (0, 1))
-    through_rllib(config, remote=remote if arguments.remote else None, rounds=rounds)
-    ensemble(config, rounds=rounds)
+    print(through_rllib(config, remote=remote if arguments.remote else None, rounds=rounds).markdown(), "\n")
+    print(ensemble(config, rounds=rounds).markdown())
 
 
 if __name__ == "__main__":

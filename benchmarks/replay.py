@@ -1,4 +1,4 @@
-"""Replay: samples/s against bare numpy, insertion, memory; and the step log's commits and reads. `python benchmarks/replay.py`
+"""Replay: sampling against other buffers, insertion, memory; and the step log's commits and reads. `python -m benchmarks.replay`
 
 Times are of the processor (one thread), because machines are shared; wall time stands beside them.
 """
@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from benchmarks.buffers import sampling
 from esrl_ray.config import Config, load_config
 from esrl_ray.replay.buffer import ReplayBuffer
-from esrl_ray.replay.storage import widths
 from esrl_ray.vocabulary import Ended, Floats, StepRow
 from streaming.steplog import StepLog, WorkerState, read_commits, read_steps
 from streaming.steptable import rows_to_table
 
-SECONDS = 2.0
 LISTS_PER_SESSION = 10
 STEPS_PER_COMMIT = 250
 
@@ -68,16 +68,6 @@ def make_rows(config: Config, num_steps: int) -> list[StepRow]:
     return rows
 
 
-def rate(call: Callable[[], object], units: int) -> tuple[float, float]:
-    """Units per second of processor time and of wall time."""
-    call()
-    wall, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - wall < SECONDS:
-        call()
-        count += units
-    return count / (time.process_time() - cpu), count / (time.perf_counter() - wall)
-
-
 def timed(what: str, call: Callable[[], object], units: int) -> None:
     """Print the time of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -86,35 +76,22 @@ def timed(what: str, call: Callable[[], object], units: int) -> None:
     print(f"{what:32} {cpu:7.3f} s cpu {wall:7.3f} s wall  {cpu / units * 1e6:8.1f} us each")
 
 
-def sampling(config: Config, buffer: ReplayBuffer, num_steps: int) -> None:
-    """Samples/s for some batch sizes, and of numpy's fancy indexing of the same columns."""
-    spec, rng = config.spec.build(), np.random.default_rng(1)
-    shape = (num_steps, config.max_pairs)
-    columns = {name: np.ones((*shape, width), kind) for name, (width, kind) in widths(spec, config.reward.num_groups).items()}
-    columns |= {name: np.ones(shape, np.float32) for name in ("shown", "valid")}
-    for size in (128, 1024, 4096):
-
-        def bare(size: int = size) -> object:
-            now, following = rng.integers(0, num_steps, size), rng.integers(0, num_steps, size)
-            return [c[now] for c in columns.values()], [columns[n][following] for n in ("states", "categorical", "scores", "shown")]
-
-        (cpu, wall), (bare_cpu, bare_wall) = rate(lambda size=size: buffer.sample(size), size), rate(bare, size)  # type: ignore[misc]
-        print(
-            f"sample B={size:<5} {cpu:11,.0f}/s cpu {wall:11,.0f}/s wall   numpy {bare_cpu:11,.0f}/s cpu {bare_wall:11,.0f}/s wall"
-            f"   ratio {cpu / bare_cpu:.2f}"
-        )
+def make_tables(config: Config, num_steps: int) -> list[pa.Table]:
+    """The same as tables of the step log, one per commit."""
+    rows = make_rows(config, num_steps)
+    return [rows_to_table(rows[i : i + STEPS_PER_COMMIT]) for i in range(0, num_steps, STEPS_PER_COMMIT)]
 
 
 def main() -> None:
     """Print one line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50_000)
-    num_steps = parser.parse_args().steps
+    parser.add_argument("--no-peers", action="store_true", help="sampling without RLlib's and TorchRL's buffers")
+    arguments = parser.parse_args()
+    num_steps = arguments.steps
     config = load_config("configs/demo.yaml", [f"replay.capacity={num_steps}", "replay.samples_per_insert=1e12"])
-    rows = make_rows(config, num_steps)
     tables: list[pa.Table] = []
-    starts = range(0, num_steps, STEPS_PER_COMMIT)
-    timed("rows to tables, per step", lambda: tables.extend(rows_to_table(rows[i : i + STEPS_PER_COMMIT]) for i in starts), num_steps)
+    timed("rows and their tables, per step", lambda: tables.extend(make_tables(config, num_steps)), num_steps)
 
     def commit_all(log: StepLog, first: int, until: int) -> None:
         for n in range(first, until):
@@ -142,7 +119,8 @@ def main() -> None:
 
     timed("insert, per step", insert_all, num_steps)
     print(f"memory of the columns            {buffer.num_bytes / 1e6:.1f} MB, {buffer.num_bytes / num_steps:.0f} bytes per step")
-    sampling(config, buffer, num_steps)
+    torch.set_num_threads(1)
+    print(sampling(config, tables, session_length=LISTS_PER_SESSION, rounds=50, peers=not arguments.no_peers).markdown())
 
 
 if __name__ == "__main__":

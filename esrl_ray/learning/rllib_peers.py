@@ -32,6 +32,7 @@ from ray.rllib.algorithms.sac.torch.sac_torch_learner import SACTorchLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
+from ray.rllib.offline.offline_data import OfflineData
 
 from esrl_ray.algo.actor import Actor
 from esrl_ray.config import Config
@@ -165,8 +166,10 @@ def to_actor(module: RLModule, spec: Spec, hidden_sizes: Sequence[int], embeddin
     return actor
 
 
-def build(name: str, config: Config, folder: str, *, seed: int, settings: PeerSettings) -> Algorithm:
-    """One of RLlib's algorithms that reads a folder of records; it needs no running Ray."""
+def build(
+    name: str, config: Config, folder: str, *, seed: int, settings: PeerSettings, source: type[OfflineData] = LoggedRequests
+) -> Algorithm:
+    """One of RLlib's algorithms that reads a folder of records; it needs no running Ray, unless `source` is RLlib's own `OfflineData`."""
     learner, spec = config.learner, config.spec.build()
     rllib: AlgorithmConfig = PEERS[name](settings)
     rllib._is_online = False
@@ -185,7 +188,7 @@ def build(name: str, config: Config, folder: str, *, seed: int, settings: PeerSe
             fusionnet_activation="relu",
         )
     )
-    rllib.offline_data(input_=folder, offline_data_class=LoggedRequests, dataset_num_iters_per_learner=UPDATES_PER_CALL)
+    rllib.offline_data(input_=folder, offline_data_class=source, dataset_num_iters_per_learner=UPDATES_PER_CALL)
     rllib.learners(num_learners=0, num_gpus_per_learner=0).env_runners(num_env_runners=0)
     rllib.framework("torch", torch_skip_nan_gradients=True).debugging(seed=seed, log_level="ERROR")
     rllib.reporting(min_time_s_per_iteration=0, min_train_timesteps_per_iteration=0, min_sample_timesteps_per_iteration=0)
