@@ -41,13 +41,11 @@ def batched(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
     """One product per layer, differentiated by autograd; arguments and result as `ensemble`."""
     # Pairs stand in the last dimension: one wide product for the first layer of all members, and larger ones behind it.
     (weight, bias), *hidden = ((w.transpose(1, 2), b.transpose(1, 2)) for w, b in zip(weights, biases, strict=True))
-    if x.dim() == 2:
-        x = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[2]), x).view(len(weight), weight.shape[1], -1)
-    else:
-        x = torch.baddbmm(bias, weight, x)
-    for weight, bias in hidden:
-        x = torch.baddbmm(bias, weight, torch.relu(x))  # (e, hidden, N)
-    return x[:, 0]
+    shared = x.dim() == 2
+    x = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[2]), x) if shared else torch.baddbmm(bias, weight, x)
+    for weight, bias in hidden:  # relu in place, before any view: behind one, autograd would copy
+        x = torch.baddbmm(bias, weight, torch.relu_(x).view(len(weight), weight.shape[2], -1))  # (e, hidden, N)
+    return x.view(len(weight), -1)
 
 
 def by_parts(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
