@@ -43,8 +43,12 @@ def batched(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
     (weight, bias), *hidden = ((w.transpose(1, 2), b.transpose(1, 2)) for w, b in zip(weights, biases, strict=True))
     shared = x.dim() == 2
     x = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[2]), x) if shared else torch.baddbmm(bias, weight, x)
-    for weight, bias in hidden:  # relu in place, before any view: behind one, autograd would copy
-        x = torch.baddbmm(bias, weight, torch.relu_(x).view(len(weight), weight.shape[2], -1))  # (e, hidden, N)
+    for weight, bias in hidden:
+        members, _, width = weight.shape
+        # In place and before the view, behind which autograd would copy; compiled, oneDNN fuses that with addmm, and takes 3 times as long.
+        fusing = torch.compiler.is_compiling()
+        x = torch.relu(x.view(members, width, -1)) if fusing else torch.relu_(x).view(members, width, -1)
+        x = torch.baddbmm(bias, weight, x)  # (e, hidden, N)
     return x.view(len(weight), -1)
 
 
