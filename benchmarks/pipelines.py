@@ -75,6 +75,7 @@ def pipelines(config: Config, *, num_steps: int, rounds: int, stock: bool) -> Ta
         calls[name] = (sac(config, steps, folder, LoggedRequests).train, UPDATES_PER_CALL)
         what[name] = ("1 request", 1)
         timings = in_turns({n: call for n, (call, _) in calls.items()}, rounds=rounds)
+        beside = dict.fromkeys(timings, timings["EnhancedRL"])  # ours, in turns with each
         if stock:
             name = "RLlib SAC, RLlib's own reading"
             started = time.perf_counter()
@@ -89,13 +90,14 @@ def pipelines(config: Config, *, num_steps: int, rounds: int, stock: bool) -> Ta
                 epoch = max(1, len(steps) // (size * UPDATES_PER_CALL))  # it reads the records anew after each
                 calls[name] = (lambda: [stock_sac.train() for _ in range(epoch)], epoch * UPDATES_PER_CALL)
                 again = in_turns({n: calls[n][0] for n in ("EnhancedRL", name)}, rounds=max(1, rounds // 4))
+                beside[name] = again["EnhancedRL"]
                 timings[name], what[name] = again[name], ("1 request, by Ray Data in processes of its own", 1)
             finally:
                 ray.shutdown()
     rows = []
-    base = timings["EnhancedRL"].wall / calls["EnhancedRL"][1]
     for name, timing in timings.items():
         cpu, wall = (each / calls[name][1] for each in timing)
+        base = beside[name].wall / calls["EnhancedRL"][1]
         transition, states = what[name]
         speeds = (f"{1 / wall:.1f}", f"{size / wall:,.0f}", f"{size * states / wall:,.0f}")
         rows.append((name, transition, f"{1e3 * cpu:.1f}", *speeds, f"{wall / base:.2f}"))
