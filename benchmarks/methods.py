@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,7 +36,6 @@ from esrl_ray.simulation.rounds import learn_online
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_STEPS, ROUND_STEPS = 60_000, 10_000
-CURVE_SESSIONS, SESSIONS = 1000, 2000
 
 
 def configure(name: str, world: int) -> Config:
@@ -44,7 +44,7 @@ def configure(name: str, world: int) -> Config:
     return load_config(ROOT / "configs" / "demo.yaml", [*fixed, f"simulation.world_seed={world}", *METHODS[name].overrides])
 
 
-def measure(name: str, world: int, seed: int, *, num_steps: int, commit: str) -> Row:
+def measure(name: str, world: int, seed: int, *, num_steps: int, sessions: int, commit: str) -> Row:
     """Train one method and play it.
 
     Args:
@@ -52,11 +52,12 @@ def measure(name: str, world: int, seed: int, *, num_steps: int, commit: str) ->
         world: Seed of users and items.
         seed: Of traffic, noise and parameters.
         num_steps: List requests.
+        sessions: Played frozen; half as many for each point of the curve.
         commit: Of the code, noted in the row.
     """
     torch.set_num_threads(1)
     config = configure(CONTROL if name in ORACLES else name, world)
-    users = (np.arange(SESSIONS) % config.simulation.num_users).astype(str)
+    users = (np.arange(sessions) % config.simulation.num_users).astype(str)
     started = time.perf_counter()
     curve: list[Point] = []
     gradient_steps = 0
@@ -66,11 +67,11 @@ def measure(name: str, world: int, seed: int, *, num_steps: int, commit: str) ->
         ranked = Policy.static(config.spec.build())
         method = create_method(METHODS[name].method, config, seed=seed)
         for steps, policy in learn_online(method, config, seed=seed, num_steps=num_steps):
-            rewards, _, _ = play(policy, config, seed=seed + UNSEEN, sessions=CURVE_SESSIONS)
+            rewards, _, _ = play(policy, config, seed=seed + UNSEEN, sessions=sessions // 2)
             curve.append(Point(steps, float(rewards.mean())))
             ranked, gradient_steps = policy, policy.manifest.gradient_steps
     seconds = time.perf_counter() - started
-    rewards, pages, watch_s = play(ranked, config, seed=seed + UNSEEN, sessions=SESSIONS)
+    rewards, pages, watch_s = play(ranked, config, seed=seed + UNSEEN, sessions=sessions)
     mean, low, high = clustered_mean(rewards, users)
     return Row(
         name,
@@ -87,6 +88,7 @@ def measure(name: str, world: int, seed: int, *, num_steps: int, commit: str) ->
         curve=tuple(curve),
         commit=commit,
         machine=f"{os.cpu_count()} cores {platform.machine()}",
+        sessions=sessions,
     )
 
 
@@ -111,18 +113,19 @@ def _missing(
             yield name, world, seed
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, then write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=",".join([*METHODS, *ORACLES]), help="names, comma-separated")
     parser.add_argument("--worlds", default="1,2,4", help="world seeds, comma-separated")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, comma-separated")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="list requests per run")
+    parser.add_argument("--sessions", type=int, default=2000, help="unseen sessions that a policy is played on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("--out", type=Path, default=RESULTS / "methods.jsonl", help="rows; the report stands beside it")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     names = options.methods.split(",")
     worlds, seeds = ([int(x) for x in text.split(",")] for text in (options.worlds, options.seeds))
     if unknown := sorted(set(names) - {*METHODS, *ORACLES}):
@@ -131,8 +134,9 @@ def main() -> None:
     wanted = [] if options.report_only else list(_missing(rows, names, worlds, seeds, options.steps))
     print(f"{len(rows)} rows are there, {len(wanted)} are missing", flush=True)
     queue = iter(wanted)
+    job = partial(measure, num_steps=options.steps, sessions=options.sessions, commit=commit)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(measure, *key, num_steps=options.steps, commit=commit): key for key in itertools.islice(queue, options.jobs)}
+        running = {pool.submit(job, *key): key for key in itertools.islice(queue, options.jobs)}
         while running:
             future = next(as_completed(running))
             name, world, seed = running.pop(future)
@@ -143,7 +147,7 @@ def main() -> None:
             spent = time.monotonic() - started
             print(f"{spent:6.0f} s  {name:24} world {world} seed {seed}: {row.reward:6.2f} in {row.seconds:.0f} s", flush=True)
             if spent < options.limit_s and (key := next(queue, None)) is not None:
-                running[pool.submit(measure, *key, num_steps=options.steps, commit=commit)] = key
+                running[pool.submit(job, *key)] = key
     write_report([row for row in rows if row.num_steps == options.steps], options.out.with_suffix(""))
 
 

@@ -32,8 +32,8 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
     lines = [
         "# Methods in simulated worlds",
         "",
-        f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen, without noise, on 2,000 unseen "
-        "sessions with common random "
+        f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen, without noise, on "
+        f"{rows[0].sessions:,} unseen sessions with common random "
         "numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Share = "
         "(reward - control) / (observed-features oracle - control), by world.",
         f"Worlds {', '.join(map(str, worlds))}; commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. "

@@ -66,3 +66,4 @@ class Row(msgspec.Struct, frozen=True):
     curve: tuple[Point, ...]
     commit: str
     machine: str
+    sessions: int = 2000  # played frozen
