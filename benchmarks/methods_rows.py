@@ -20,6 +20,9 @@ SHARED = ("exploration.explore_share=0.25", "exploration.exploit_share=0.75")
 NARROW = ("exploration.low=-0.15", "exploration.high=0.15")
 """The papers' bounds: what the others were tuned with."""
 
+PUBLISHED = (*NARROW, "learner.gamma=0.9", "learner.critics_per_group=2", "learner.actor_lr=3e-4")
+"""Bounds and discount of the papers; two critics of each group, because more change nothing here, and the rate that worked with them."""
+
 METHODS = {
     CONTROL: Variant("static", what="control: hand-made weights"),
     "enhancedrl": Variant("enhancedrl", what="this project's default"),
@@ -28,10 +31,10 @@ METHODS = {
     "enhancedrl-narrow": Variant("enhancedrl", NARROW, what="ablation: the default within the papers' bounds of .15"),
     "enhancedrl-request-noise": Variant("enhancedrl", ("exploration.scope=request",), what="ablation: one noise draw per request"),
     "enhancedrl-ple": Variant("enhancedrl", ("learner.actor=ple",), what="ablation: PLE-like actor"),
-    "enhancedrl-list-sum": Variant("enhancedrl-list-sum", NARROW, what="the paper's critics, listwise actor"),
-    "enhancedrl-per-pair": Variant("enhancedrl-per-pair", NARROW, what="per-pair TD, listwise actor"),
-    "enhancedrl-printed": Variant("enhancedrl-printed", NARROW, what="the paper to the letter"),
-    "unifiedrl": Variant("unifiedrl", NARROW, what="one action per request, 2 x 24 critics"),
+    "enhancedrl-list-sum": Variant("enhancedrl-list-sum", PUBLISHED, what="the paper's loss of critics (2 x 2, no phi), listwise actor"),
+    "enhancedrl-per-pair": Variant("enhancedrl-per-pair", PUBLISHED, what="per-pair TD (2 x 2 critics, no phi), listwise actor"),
+    "enhancedrl-printed": Variant("enhancedrl-printed", PUBLISHED, what="both losses as printed (2 x 2 critics, no phi, MLP actor)"),
+    "unifiedrl": Variant("unifiedrl", (*PUBLISHED, "learner.critics_per_group=24"), what="one action per request, 2 x 24 critics, no phi"),
     "cem": Variant("cem", what="one global vector, cross-entropy method"),
     "cma-es": Variant("cma-es", what="one global vector, CMA-ES"),
     "optuna": Variant("optuna", what="one global vector, Optuna (TPE)"),
@@ -39,10 +42,10 @@ METHODS = {
     "supervised-weights": Variant("supervised-weights", NARROW, what="per-pair weights by a supervised listwise loss"),
     "td3": Variant("td3", NARROW, what="one action per request"),
     "td3-bc": Variant("td3-bc", NARROW, what="TD3 with behaviour cloning"),
-    "batchrl-mtf": Variant("batchrl-mtf", NARROW, what="BCQ with a VAE, one action per request"),
-    "sac": Variant("sac", NARROW, what="RLlib's, one action per request"),
-    "cql": Variant("cql", NARROW, what="RLlib's, one action per request"),
-    "iql": Variant("iql", NARROW, what="RLlib's, one action per request"),
+    "batchrl-mtf": Variant("batchrl-mtf", NARROW, what="BCQ with a VAE, one action per request; its last round, which is not its best"),
+    "sac": Variant("sac", NARROW, what="RLlib's, one action per request, gamma .98"),
+    "cql": Variant("cql", NARROW, what="RLlib's, one action per request, gamma .98; half of the gradient steps, because it is slow"),
+    "iql": Variant("iql", NARROW, what="RLlib's, one action per request, gamma .98"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 
@@ -11,6 +13,7 @@ from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import ARMS, LEFT, Steps
 from esrl_ray.simulation.rounds import SimulatedTraffic
 from esrl_ray.vocabulary import Ended, StepRow
+from streaming.steplog import StepLog, WorkerState
 from streaming.steptable import rows_to_table
 
 
@@ -60,3 +63,12 @@ def step_table(steps: Steps) -> pa.Table:
             for i in range(len(steps))
         ]
     )
+
+
+def write_log(root: Path, config: Config, *tables: pa.Table, worker: str = "ingest-0") -> Path:
+    """One commit per table."""
+    folder = root / config.spec.build().digest
+    log = StepLog(folder, worker, "one", config.spec.build())
+    for number, rows in enumerate(tables):
+        log.commit(WorkerState(commit=number, incarnation="one", positions={}, joiners={}, committed_ms=number), rows)
+    return folder

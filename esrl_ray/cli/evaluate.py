@@ -9,26 +9,21 @@ from typing import Any
 
 import click
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from esrl_ray.cli.logged import read_log
 from esrl_ray.config import load_config
 from esrl_ray.errors import InputDataError, MethodError, SpecMismatch
 from esrl_ray.evaluation.metrics import gauc_of_policies, label_of, shown_pairs
 from esrl_ray.evaluation.offline import Estimate, OffPolicy, Settings, Value
 from esrl_ray.policy.policy import Policy
-from esrl_ray.replay.steps import Steps
-from streaming.steplog import list_workers, read_steps
 
 
 @click.command()
-@click.option(
-    "--log", "log", required=True, type=click.Path(path_type=Path, exists=True), help="Folder of a step log, or a Parquet file of steps."
-)
+@click.option("--log", required=True, help="A run's folder, a step log, or Parquet of its columns, as `esrl train --log` takes it.")
 @click.option("--policy", "folder", required=True, type=click.Path(path_type=Path, exists=True), help="Folder of one policy version.")
 @click.option(
     "--against", type=click.Path(path_type=Path, exists=True), help="Policy to compare with; default: the hand-made control policy."
@@ -46,7 +41,7 @@ from streaming.steplog import list_workers, read_steps
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     *,
-    log: Path,
+    log: str,
     folder: Path,
     against: Path | None,
     path: str | None,
@@ -70,12 +65,18 @@ def evaluate(
     for policy in policies.values():
         if policy.spec != spec:
             raise SpecMismatch(f"policy is for spec {policy.spec.digest}, this deployment's is {spec.digest}", str(folder))
-    table = read_log(log)
-    steps = Steps.from_table(table, config)
+    read = read_log(log, config)
+    steps = read.steps
+    if "num_candidates" not in read.table.column_names:
+        raise InputDataError("column 'num_candidates' is missing: how likely an unshown pair was logged", read.where, "add it")
     pairs = shown_pairs(steps, config, label=label_of(config, label), plus_one=plus_one, context=context)
     gauc = gauc_of_policies([policies["against"], policies["policy"]], pairs, seed=seed)
     asked = OffPolicy(
-        steps, config, num_candidates=table["num_candidates"].to_numpy(), seed=seed, settings=Settings(gamma=gamma, num_updates=updates)
+        steps,
+        config,
+        num_candidates=read.table["num_candidates"].to_numpy(),
+        seed=seed,
+        settings=Settings(gamma=gamma, num_updates=updates),
     )
     values = {name: asked.value(policy) for name, policy in policies.items()}
     report = _report(values, {name: msgspec.to_builtins(entries) for name, entries in gauc.items()}, asked)
@@ -86,23 +87,6 @@ def evaluate(
     if not values["policy"].estimates:
         reasons = sorted(set(values["policy"].refused.values()))
         raise MethodError(f"the log supports no estimate of this policy: {'; '.join(reasons)}", str(log), "explore more, or nearer to it")
-
-
-def read_log(log: Path) -> pa.Table:
-    """Merged steps in order of time, of a step log's folder or a Parquet file.
-
-    Raises:
-        InputDataError: there are no steps.
-    """
-    if log.is_file():
-        table = pq.read_table(log)
-    elif list_workers(str(log)):
-        table = read_steps(str(log))
-    else:
-        raise InputDataError("neither a Parquet file nor a step log", str(log), "name <run.dir>/log/<spec digest>")
-    if not len(table):
-        raise InputDataError("the log holds no steps", str(log), "let traffic come in first")
-    return table.sort_by("event_time_ms")
 
 
 def _report(values: Mapping[str, Value], gauc: Mapping[str, Any], asked: OffPolicy) -> dict[str, Any]:

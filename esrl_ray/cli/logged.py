@@ -25,9 +25,17 @@ _WHAT = "name a run's folder, its log/<spec digest> with one Delta table per ing
 
 @dataclass(frozen=True, slots=True)
 class ReadLog:
-    """A log in memory, where it was, and how far it was read ({worker: commit}; empty for Parquet)."""
+    """A log in memory, in order of event time.
+
+    Attributes:
+        steps: Its steps.
+        table: Their rows, one whole row per step.
+        where: Where it was.
+        lineage: How far it was read, {worker: commit}; empty for Parquet.
+    """
 
     steps: Steps
+    table: pa.Table
     where: str
     lineage: dict[str, int]
 
@@ -55,7 +63,7 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
     if "://" not in path and not found.exists():
         raise LogError("there is nothing there", path, _WHAT)
     if found.is_file() or (found.is_dir() and any(found.glob("*.parquet")) and not (found / "_delta_log").exists()):
-        return ReadLog(logged_steps(_read_parquet(path), config, path), str(found.resolve()), {})
+        return _in_order(_read_parquet(path), config, path, str(found.resolve()), {})
     root = _root(path, config.spec.build().digest)
     workers = list_workers(root)
     lineage = parse_as_of(tuple(as_of), workers) if as_of else _last_commits(root, workers)
@@ -63,7 +71,13 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
     if not len(table):
         cut = f" up to {' '.join(f'{w}@{n}' for w, n in sorted(lineage.items()))}" if as_of else ""
         raise LogError(f"the step log holds no steps{cut}", root, "wait until sessions have closed, or name another log")
-    return ReadLog(logged_steps(table, config, root), root if "://" in root else str(Path(root).resolve()), lineage)
+    return _in_order(table, config, root, root if "://" in root else str(Path(root).resolve()), lineage)
+
+
+def _in_order(table: pa.Table, config: Config, path: str, where: str, lineage: dict[str, int]) -> ReadLog:
+    if "event_time_ms" in table.column_names:  # else `logged_steps` says that it is missing
+        table = table.sort_by("event_time_ms")
+    return ReadLog(logged_steps(table, config, path), table, where, lineage)
 
 
 def _root(path: str, digest: str) -> str:

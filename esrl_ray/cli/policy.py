@@ -19,7 +19,7 @@ import ray
 import torch
 
 from esrl_ray import actors
-from esrl_ray.cli.evaluate import read_log
+from esrl_ray.cli.logged import read_log
 from esrl_ray.cli.parts import log_root
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
@@ -139,7 +139,7 @@ def _reader(log: Path | None, config: Config) -> ReadNewest:
         return functools.partial(read_newest, str(log or log_root(config)))
 
     def of_file(num_steps: int, keep: KeepRows) -> pa.Table:
-        rows = read_log(log)
+        rows = read_log(str(log), config).table
         kept = rows.filter(pa.array(keep(rows)))
         return kept.slice(max(0, len(kept) - num_steps))
 

@@ -30,7 +30,7 @@ from esrl_ray.learning.judging import Judging
 from esrl_ray.learning.learner import GRADIENT_STEPS
 from esrl_ray.learning.rounds import fit_scales, next_round, together
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
-from esrl_ray.policy.store import PolicySnapshot
+from esrl_ray.policy.store import ROLLBACK, PolicySnapshot
 from esrl_ray.telemetry import Telemetry, log_change
 from esrl_ray.vocabulary import TransitionBatch, cut_lineage
 
@@ -279,9 +279,14 @@ class TrainingLoop:
             self._go_on(turn.number, "a policy is pinned")
         elif self._judged is not None:
             version, verdict = self._judged
-            if verdict.passed if mode == "require" else verdict.outcome != "block":
+            if (rolled_back := self._rolled_back(version)) is None:
+                return None
+            if rolled_back:
+                self._go_on(turn.number, f"version {version} is not promoted: it was rolled back while it was judged")
+            elif verdict.passed if mode == "require" else verdict.outcome != "block":
                 return version
-            self._go_on(turn.number, f"version {version} is not promoted: {verdict.text}")
+            else:
+                self._go_on(turn.number, f"version {version} is not promoted: {verdict.text}")
         elif current.version == turn.anchor_version:
             self._go_on(turn.number, "no new policy")
         elif mode == "off" or self._read_newest is None:
@@ -290,6 +295,11 @@ class TrainingLoop:
             anchor = Policy.from_bytes(snapshot.anchor)
             self._judging = Judging(current, anchor, self._config, self._read_newest, clock_ms=self._clock_ms)
         return None
+
+    def _rolled_back(self, version: int) -> bool | None:
+        """Whether a rollback followed a version: whoever did it does not want that version. None: the store does not answer."""
+        manifests: list[Manifest] | None = actors.ask(self._store.manifests.remote)
+        return None if manifests is None else any(m.version > version and m.note.startswith(ROLLBACK) for m in manifests)
 
     def _under_way(self) -> bool:
         """Whether a judgement is. One that has ended is kept beside its policy, counted, and decides about the round."""

@@ -19,17 +19,14 @@ from esrl_ray.methods.td3 import TD3_BC, Td3
 Make = Callable[[str, Config, int], Method]
 """A method from its name, a deployment and a seed."""
 
-PUBLISHED = {"gamma": 0.9, "critics_per_group": 2, "actor_lr": 3e-4}
-"""The papers' discount, and what worked with their critics: more than two of each group change nothing."""
-
 ENHANCEDRL: dict[str, dict[str, Any]] = {
     "enhancedrl": {},
-    "enhancedrl-list-sum": {**PUBLISHED, "critic": "list_sum"},
-    "enhancedrl-per-pair": {**PUBLISHED, "critic": "per_pair"},
-    "enhancedrl-printed": {**PUBLISHED, "critic": "list_sum", "actor_loss": "printed"},
-    "unifiedrl": {**PUBLISHED, "critic": "list_sum", "level": "request", "actor_loss": "printed", "critics_per_group": 24},
+    "enhancedrl-list-sum": {"critic": "list_sum"},
+    "enhancedrl-per-pair": {"critic": "per_pair"},
+    "enhancedrl-printed": {"critic": "list_sum", "actor_loss": "printed"},
+    "unifiedrl": {"critic": "list_sum", "level": "request", "actor_loss": "printed"},
 }
-"""Learner settings of the methods that are EnhancedRL's update with other losses; `enhancedrl` is what the deployment configures."""
+"""Losses and level of the methods that are EnhancedRL's update; discount, critics, rates and bounds are what the deployment configures."""
 
 SEARCH: dict[str, tuple[MakeSearcher, SearchSettings]] = {
     "cem": (Cem, SearchSettings()),

@@ -26,7 +26,7 @@ class EnhancedRL:
     def __init__(self, name: str, config: Config, *, seed: int) -> None:
         self.name = name
         self.config = config.model_copy(update={"learner": config.learner.model_copy(update={"seed": seed})})
-        self.state = LearnState.create(self.config, device="cpu")
+        self.state = LearnState.create(self.config)
         self.result: UpdateResult | None = None
         self._rng = np.random.default_rng(seed)
         self._anchor = Policy.static(config.spec.build())
@@ -76,5 +76,5 @@ class EnhancedRL:
             gradient_steps=self.state.gradient_steps,
             note=self.name,
         )
-        parameters: dict[str, Floats] = {k: v.numpy().copy() for k, v in networks.actor.state_dict().items()}
+        parameters: dict[str, Floats] = {k: v.cpu().numpy().copy() for k, v in networks.actor.state_dict().items()}
         return Policy.of(manifest, parameters, networks.normaliser)

@@ -29,6 +29,9 @@ from esrl_ray.policy.policy import MANIFEST_FILE, Manifest, Policy
 from esrl_ray.vocabulary import Round, TransitionBatch
 
 CURRENT_FILE, HISTORY_FILE = "current.json", "history.jsonl"
+ROLLBACK = "rollback to"
+"""How the note of a version that a rollback made begins."""
+
 CONTROL_VERSION = 1
 """The control policy is version 1 of every folder and the anchor of round 0."""
 
@@ -218,7 +221,7 @@ class PolicyStore:
             raise PolicyRejected(
                 f"version {self._current.version} is pinned", str(self._folder), "unpin first, or pin the version you want"
             )
-        new = self._again(version, f"rollback to {version}")
+        new = self._again(version, f"{ROLLBACK} {version}")
         self._offer(new)
         return new
 

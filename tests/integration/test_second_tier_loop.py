@@ -24,7 +24,7 @@ __all__ = ["cluster"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
 
-WAIT_S = 60.0
+WAIT_S = 300.0
 
 
 def of_two_items(num_steps: int, keep: KeepRows) -> pa.Table:

@@ -107,5 +107,5 @@ def test_the_gate_lets_an_equal_policy_pass_in_one_log_of_twenty() -> None:
         pair = vector(config, ALWAYS_A), vector(config, ALWAYS_B)
         rule = Rule(held_out_share=1.0)
         outcomes.append(judge_second_tier(*pair, steps, config, num_candidates=2, seed=seed, rule=rule, settings=settings).outcome)
-    assert outcomes.count("pass") <= 18, outcomes.count("pass")
-    assert outcomes.count("block") <= 18, outcomes.count("block")
+    assert 1 <= outcomes.count("pass") <= 18, outcomes.count("pass")
+    assert 1 <= outcomes.count("block") <= 18, outcomes.count("block")

@@ -83,9 +83,10 @@ def test_a_source_without_a_broker_is_degraded_and_waits_without_spinning() -> N
     assert source.degraded_s == 0
     started, cpu = time.monotonic(), time.process_time()
     for _ in range(3):
-        assert source.poll(50) == []
-    assert 0.1 <= time.monotonic() - started < 2
-    assert time.process_time() - cpu < 0.1
+        assert source.poll(200) == []
+    waited = time.monotonic() - started
+    assert waited >= 0.1
+    assert time.process_time() - cpu < 0.5 * waited  # spinning takes all of it, on a busy machine too
     assert source.degraded_s > 0
     assert source.positions() == {"feedback/0": 7}
     assert not source.at_end("feedback", 0)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from esrl_ray.cli.evaluate import evaluate
 from esrl_ray.config import Config
-from esrl_ray.errors import ConfigError, MethodError
+from esrl_ray.errors import ConfigError, InputDataError, MethodError
 from esrl_ray.evaluation.estimators import CONSERVATIVE, Draws, FixedPoint, Paths, doubly_robust, ncis
 from esrl_ray.evaluation.list_features import mean_so_far
 from esrl_ray.evaluation.metrics import label_of, shown_pairs
@@ -20,6 +20,7 @@ from esrl_ray.evaluation.offline import Estimate, OffPolicy, Settings
 from esrl_ray.evaluation.support import Lists, SupportLimits, effective_size, inclusion
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import CUT, LEFT, Steps
+from tests.step_tables import write_log
 from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
 
 NO_LIMITS = SupportLimits(0, 0, 0.0, 0.0, 0.0)
@@ -245,6 +246,24 @@ def test_the_command_prints_estimates_of_a_parquet_log_as_json(setting: Config, 
     assert report["difference"]["fqe"]["mean"] == pytest.approx(1.82, abs=0.8)
     assert report["difference"]["fqe"]["ci_low"] < 1.82 < report["difference"]["fqe"]["ci_high"]
     assert report["mtf_gauc"]["user"][0]["gauc"] is not None
+
+
+def test_the_command_reads_a_runs_folder_and_names_a_missing_column(setting: Config, tmp_path: Path) -> None:
+    rows, policy, yaml = (
+        table_of(log_of(setting, REWARDS, LEAVES, sessions=400, seed=3, spread=0.5)),
+        tmp_path / "policy",
+        tmp_path / "two.yaml",
+    )
+    write_log(tmp_path / "run" / "log", setting, rows.slice(0, 2000), rows.slice(2000))
+    pq.write_table(rows.drop_columns(["num_candidates"]), tmp_path / "steps.parquet")
+    vector(setting, ALWAYS_B).save(policy)
+    yaml.write_text(json.dumps(setting.model_dump(include={"spec", "serve", "reward", "exploration"}, mode="json")))
+    rest = ["--policy", str(policy), "--config", str(yaml), "--updates", "0", "--label", "click>0.5", "--json"]
+    result = CliRunner().invoke(evaluate, ["--log", str(tmp_path / "run"), *rest])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert json.loads(result.stdout)["policy"]["support"]["sessions"] == pytest.approx(1500, abs=5)
+    result = CliRunner().invoke(evaluate, ["--log", str(tmp_path / "steps.parquet"), *rest])
+    assert isinstance(result.exception, InputDataError) and "num_candidates" in str(result.exception)
 
 
 def test_the_command_refuses_a_log_that_is_too_small_with_the_reason(setting: Config, tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_a_pin_holds_back_what_was_judged_meanwhile(ending: Callable[[str], Endi
     assert at.anchor == CONTROL_VERSION and at.counted == ["pass"]
 
 
+def test_what_was_rolled_back_while_it_was_judged_does_not_become_the_anchor(ending: Callable[[str], Ending]) -> None:
+    at = ending("block")
+    good = at.publish(0.1)
+    bad = at.publish(0.2)
+    at.end()
+    assert FakeJudging.made[0].candidate.version == bad
+    at.store.rollback(good)
+    at.publish(0.3)  # learning goes on and serves again
+    at.says("abstain")
+    at.end()
+    assert at.anchor == CONTROL_VERSION and at.loop._progress.round_from == 700
+
+
 def test_a_round_that_someone_else_started_is_not_ended_by_an_old_verdict(ending: Callable[[str], Ending]) -> None:
     at = ending("block")
     at.publish(0.1)

@@ -15,9 +15,8 @@ from esrl_ray.cli.train import train
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError, EsrlError, InputDataError, LogError, MethodError, SpecMismatch
 from esrl_ray.policy.policy import Policy, PolicyKind
-from streaming.steplog import StepLog, WorkerState
 from streaming.steptable import step_schema
-from tests.step_tables import simulated_steps, step_table
+from tests.step_tables import simulated_steps, step_table, write_log
 
 NUM_STEPS = 300
 
@@ -32,15 +31,6 @@ def parquet(table: pa.Table, tmp_path: Path) -> Path:
     path = tmp_path / "steps.parquet"
     pq.write_table(table, path)
     return path
-
-
-def write_log(root: Path, config: Config, *tables: pa.Table, worker: str = "ingest-0") -> Path:
-    """One commit per table."""
-    folder = root / config.spec.build().digest
-    log = StepLog(folder, worker, "one", config.spec.build())
-    for number, rows in enumerate(tables):
-        log.commit(WorkerState(commit=number, incarnation="one", positions={}, joiners={}, committed_ms=number), rows)
-    return folder
 
 
 def changed(table: pa.Table, name: str, column: pa.Array | list[object]) -> pa.Table:
