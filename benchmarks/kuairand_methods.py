@@ -80,7 +80,7 @@ def compare(scores: Floats, control: Floats, pairs: LabelledPairs, *, grouping: 
 
 
 def mean_gain(gains: Sequence[Gain]) -> Gain:
-    """Mean over seeds; the interval's ends are means too, which is too wide, never too narrow: the seeds share their users."""
+    """Mean over seeds; the interval's ends are means too: they hold the spread over users, which the seeds share, not that over seeds."""
     return Gain(*(float(np.mean([getattr(g, name) for g in gains])) for name in ("mean", "low", "high")))
 
 

@@ -98,7 +98,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
 
 
 def _missing(
@@ -106,10 +110,7 @@ def _missing(
 ) -> Iterator[tuple[str, int, int]]:
     finished = {(row.method, row.world, row.seed) for row in rows if row.num_steps == num_steps}
     for seed, world, name in itertools.product(seeds, worlds, names):  # seed by seed: an early end leaves whole comparisons
-        if name in ORACLES or name == CONTROL:
-            if seed == seeds[0] and (name, world, seed) not in finished:
-                yield name, world, seed
-        elif (name, world, seed) not in finished:
+        if (name, world, seed) not in finished:
             yield name, world, seed
 
 
@@ -133,22 +134,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, started, commit = read_rows(options.out), time.monotonic(), _commit()
     wanted = [] if options.report_only else list(_missing(rows, names, worlds, seeds, options.steps))
     print(f"{len(rows)} rows are there, {len(wanted)} are missing", flush=True)
-    queue = iter(wanted)
+    queue, failed = iter(wanted), list[str]()
     job = partial(measure, num_steps=options.steps, sessions=options.sessions, commit=commit)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(job, *key): key for key in itertools.islice(queue, options.jobs)}
         while running:
             future = next(as_completed(running))
             name, world, seed = running.pop(future)
-            row = future.result()
-            rows.append(row)
-            with options.out.open("ab") as file:
-                file.write(msgspec.json.encode(row) + b"\n")
-            spent = time.monotonic() - started
-            print(f"{spent:6.0f} s  {name:24} world {world} seed {seed}: {row.reward:6.2f} in {row.seconds:.0f} s", flush=True)
-            if spent < options.limit_s and (key := next(queue, None)) is not None:
+            if (error := future.exception()) is not None:
+                failed.append(f"{name} world {world} seed {seed}: {error!r}")
+                print(f"FAILED {failed[-1]}", flush=True)
+            else:
+                rows.append(row := future.result())
+                with options.out.open("ab") as file:
+                    file.write(msgspec.json.encode(row) + b"\n")
+                write_report([row for row in rows if row.num_steps == options.steps], options.out.with_suffix(""))
+                print(f"{time.monotonic() - started:6.0f} s  {row}", flush=True)
+            if time.monotonic() - started < options.limit_s and (key := next(queue, None)) is not None:
                 running[pool.submit(job, *key)] = key
     write_report([row for row in rows if row.num_steps == options.steps], options.out.with_suffix(""))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed, see above")
 
 
 if __name__ == "__main__":

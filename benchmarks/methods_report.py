@@ -34,21 +34,26 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         "",
         f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen, without noise, on "
         f"{rows[0].sessions:,} unseen sessions with common random "
-        "numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Share = "
-        "(reward - control) / (observed-features oracle - control), by world.",
-        f"Worlds {', '.join(map(str, worlds))}; commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. "
+        "numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Best round = the highest "
+        "point of the mean learning curve, on half as many sessions. Share = (reward - control) / (observed-features oracle - control), of "
+        "runs whose world and seed have both.",
+        f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
+        f"commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. "
         "Written by `make bench-methods`.",
         "",
-        f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | share | pages | watch s | gradient steps | seconds |",
-        "|---|---|" + "---|" * (len(worlds) + 6),
+        f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | best round | share "
+        "| pages | watch s | gradient steps | seconds |",
+        "|---|---|" + "---|" * (len(worlds) + 7),
     ]
     control, oracle = _reference(rows, CONTROL), _reference(rows, "oracle-observed")
     order = [name for name in [*METHODS, *ORACLES] if any(row.method == name for row in rows)]
     for name in order:
         mine = [row for row in rows if row.method == name]
         cells = [_cell([row.reward for row in mine if row.world == w]) for w in worlds]
-        shares = [(r.reward - control[r.world]) / (oracle[r.world] - control[r.world]) for r in mine if r.world in control.keys() & oracle]
-        cells += [_cell([r.reward for r in mine]), _cell([100 * s for s in shares], "%")]
+        shares = [
+            (r.reward - control[at]) / (oracle[at] - control[at]) for r in mine if (at := (r.world, r.seed)) in control.keys() & oracle
+        ]
+        cells += [_cell([r.reward for r in mine]), _best_round(mine), _cell([100 * s for s in shares], "%")]
         cells += [f"{np.mean([r.pages for r in mine]):.1f}", f"{np.mean([r.watch_s for r in mine]):.0f}"]
         cells += [f"{np.mean([r.gradient_steps for r in mine]):,.0f}", f"{np.mean([r.seconds for r in mine]):.0f}"]
         lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
@@ -58,10 +63,15 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
     _curves(rows, [name for name in order if name in METHODS]).savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
-def _reference(rows: Sequence[Row], name: str) -> dict[int, float]:
-    """Mean reward of a method by world."""
-    mine = [row for row in rows if row.method == name]
-    return {world: float(np.mean([r.reward for r in mine if r.world == world])) for world in {r.world for r in mine}}
+def _reference(rows: Sequence[Row], name: str) -> dict[tuple[int, int], float]:
+    """Reward of a method by (world, seed)."""
+    return {(row.world, row.seed): row.reward for row in rows if row.method == name}
+
+
+def _best_round(rows: Sequence[Row]) -> str:
+    """The highest point of the mean curve."""
+    curves = [[point.reward for point in row.curve] for row in rows if row.curve]
+    return f"{np.mean(curves, 0).max():.1f}" if curves else "-"
 
 
 def _cell(values: Sequence[float], unit: str = "") -> str:

@@ -74,3 +74,7 @@ class Row(msgspec.Struct, frozen=True):
     commit: str
     machine: str
     sessions: int = 2000  # played frozen
+
+    def __str__(self) -> str:
+        """A line for people."""
+        return f"{self.method:24} world {self.world} seed {self.seed}: {self.reward:6.2f} in {self.seconds:.0f} s"

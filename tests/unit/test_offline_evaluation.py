@@ -250,7 +250,7 @@ def test_the_command_prints_estimates_of_a_parquet_log_as_json(setting: Config, 
 
 def test_the_command_reads_a_runs_folder_and_names_a_missing_column(setting: Config, tmp_path: Path) -> None:
     rows, policy, yaml = (
-        table_of(log_of(setting, REWARDS, LEAVES, sessions=400, seed=3, spread=0.5)),
+        table_of(log_of(setting, REWARDS, LEAVES, sessions=1500, seed=3, spread=0.5)),
         tmp_path / "policy",
         tmp_path / "two.yaml",
     )
