@@ -40,7 +40,7 @@ def test_after_10_000_steps_the_learnt_policy_beats_control_with_its_whole_inter
     control, final = frozen[0].reward.mean, frozen[-1].difference
     assert control is not None and final.mean is not None and final.ci_low is not None
     assert final.ci_low > 0
-    assert final.mean / control > 0.2, f"four seeds gave +34 % to +49 %; here {final.mean / control:+.1%}"
+    assert final.mean / control > 0.2, f"four seeds gave +23 % to +52 %; here {final.mean / control:+.1%}"
 
 
 def test_users_stay_longer_with_the_learnt_policy(frozen: list[FrozenResult]) -> None:
