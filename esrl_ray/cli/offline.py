@@ -104,8 +104,6 @@ def _with_rllib(
         clock_ms=clock_ms,
         say=click.echo,
     )
-    if log.steps.columns["anchor_actions"].any():
-        click.echo("the log explored around policies that had left control; this training takes control as its anchor all the same")
     result = training.run(stop_on_signals())
     if result.policy is None:
         click.echo(f"stopped at gradient step {result.gradient_steps:,}; the same command with --resume goes on")

@@ -23,6 +23,7 @@ from esrl_ray.errors import LearnersLost, LoopError, MethodError
 from esrl_ray.learning.algorithm import EnhancedRL, EnhancedRLConfig, learner_results
 from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from esrl_ray.learning.learner import GRADIENT_STEPS
+from esrl_ray.learning.logged_anchor import logged_anchor
 from esrl_ray.learning.offline_run import CHECKPOINTS, OfflineRun
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.replay.steps import Steps
@@ -76,6 +77,7 @@ class OfflineTraining:
         self._wanted, self._clock_ms, self._say = num_gradient_steps, clock_ms, say
         self._checkpoints = folder / CHECKPOINTS
         self._rebuilds = 0
+        self._anchors: list[Policy | None] = []
         self.learner_pids: list[int] = []
 
     def run(self, stop: threading.Event) -> OfflineResult:
@@ -109,9 +111,20 @@ class OfflineTraining:
         deployment = algorithm.config.deployment
         num_calls = math.ceil(self._wanted / deployment.learner.updates_per_call)
         algorithm.draw_from_steps(self._steps, num_calls=num_calls)
+        if (anchor := self._anchor(deployment)) is not None:
+            algorithm.set_anchor(anchor)
+            algorithm.start_from_anchor()
         restore_checkpoint(algorithm, self._checkpoints, deployment.spec.build().digest)
         self.learner_pids = algorithm.each_learner(lambda _: os.getpid())
         return algorithm
+
+    def _anchor(self, deployment: Config) -> Policy | None:
+        """The log's anchor; found once, also when learners are rebuilt."""
+        if not self._anchors:
+            self._anchors.append(logged_anchor(self._steps, deployment))
+            if (anchor := self._anchors[0]) is not None:
+                self._say(anchor.manifest.note)
+        return self._anchors[0]
 
     def _learn(self, algorithm: EnhancedRL, stop: threading.Event) -> OfflineResult:
         deployment: Config = algorithm.config.deployment
