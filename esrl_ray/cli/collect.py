@@ -42,6 +42,8 @@ from streaming.steplog import list_workers, read_commits, read_steps
 
 ARM_MARGIN_S = 60.0
 """Sessions that started later than this before the end are left out of the arms' rewards: they had no time to finish."""
+RATE_MS = 10_000
+"""The live view's rates are over the last ones: events are counted at commits, some seconds apart."""
 PACKAGES = ("ray", "torch", "kafka-python", "deltalake", "numpy")
 
 
@@ -71,7 +73,7 @@ class Readings:
     manifests: list[Manifest] = field(default_factory=list)
     published_ms: dict[int, int] = field(default_factory=dict)  # version -> when the store first offered it
     replicas: list[dict[str, Any]] = field(default_factory=list)  # what each replica did, after it ended
-    _before: tuple[int, int, int] = (0, 0, 0)
+    _counts: list[tuple[int, int, int]] = field(default_factory=list)  # (clock, requests, events) of the last RATE_MS
 
     def add(self, statuses: Mapping[str, Any]) -> None:
         """Take one reading of some parts."""
@@ -135,9 +137,11 @@ class Readings:
         seconds = max((now - self.first_decision_ms) / 1e3, 1e-3)
         requests = int(traffic.get("requests", 0))
         events = sum(sum(sum(b.values()) for b in worker["ledger"].values()) for worker in ingest)
-        then, old_requests, old_events = self._before
-        rate = 1e3 / max(now - then, 1) if then else 0.0
-        self._before = (now, requests, events)
+        self._counts.append((now, requests, events))
+        while len(self._counts) > 2 and now - self._counts[1][0] >= RATE_MS:
+            del self._counts[0]
+        then, old_requests, old_events = self._counts[0]
+        rate = 1e3 / max(now - then, 1)
         return LiveStatus(
             seconds=seconds,
             seconds_left=seconds_left,
