@@ -23,6 +23,8 @@ from esrl_ray.simulation.rounds import SimulatedTraffic
 from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, two_items, vector
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+SHARES = ["exploration.explore_share=0.5", "exploration.exploit_share=0.3"]
+"""Half of 12,000 lists explore. With the demo's quarter the estimates of this log are worthless, and the limits do not see it."""
 NO_LIMITS = SupportLimits(0, 0, 0.0, 0.0, 0.0)
 NEARLY_ALL = SupportLimits(min_ess_share=0.08)  # the default would leave out `random 1` as well, at .094
 
@@ -32,7 +34,7 @@ def world() -> tuple[Config, dict[str, Policy], dict[str, Value], dict[str, floa
     """12,000 lists around control; control, three random vectors and one that only looks at clicks, too far from the log to be estimated;
     estimates where the log supports them, and real values."""
     torch.set_num_threads(1)
-    config = load_config(DEMO)
+    config = load_config(DEMO, SHARES)
     spec, rng = config.spec.build(), np.random.default_rng(5)
     clicks = np.zeros(spec.num_actions, np.float32)
     clicks[: spec.num_scores] = (1, -0.5, -0.5, -0.25, -0.2)
