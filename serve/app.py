@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from esrl_ray.actors import THREADS
 from esrl_ray.config import Config, RunConfig, load_config
 from esrl_ray.errors import ConfigError, LoopError
+from esrl_ray.ports import free_ports
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -55,7 +56,7 @@ def serve_environment(folder: Path) -> dict[str, str]:
         folder: For HAProxy's configuration and sockets. Ray puts the node's id below it, and a socket's path has at most 97 bytes: a
             folder whose path is too long is not used, and /tmp/haproxy-serve holds them.
     """
-    metrics, stats = _free_ports(2)
+    metrics, stats = free_ports(2)
     ports = {"RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats)}
     if len(str(folder)) > MAX_HAPROXY_FOLDER:
         return SERVE_ENVIRONMENT | ports
@@ -139,7 +140,7 @@ def deploy_local(config: Config) -> str:
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
 
-    host, port = config.serve.host, config.serve.port or _free_ports(1)[0]
+    host, port = config.serve.host, config.serve.port or free_ports(1)[0]
     if config.serve.port:
         check_free(host, port)
     ray_serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))
@@ -171,17 +172,6 @@ def _answers(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def check_free(host: str, port: int) -> None:

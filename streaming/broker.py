@@ -24,11 +24,11 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
+from esrl_ray.ports import LOOPBACK, free_ports
 from streaming.client import connect, reachable
 from streaming.jars import Say, class_path
 from streaming.wire import MAX_EVENT_BYTES
 
-HOST = "127.0.0.1"
 START_TIMEOUT_S, FORMAT_TIMEOUT_S, PORT_TRIES, TAIL_LINES = 60.0, 60.0, 3, 15
 DEAD_LETTER_SUFFIX = ".dlq"
 
@@ -108,7 +108,7 @@ class EmbeddedBroker:
     @property
     def bootstrap_servers(self) -> str:
         """`host:port` for clients."""
-        return f"{HOST}:{self._ports[0]}"
+        return f"{LOOPBACK}:{self._ports[0]}"
 
     @property
     def pid(self) -> int:
@@ -173,7 +173,7 @@ class EmbeddedBroker:
         folder, data, properties = self._folder, self._folder / "data", self._folder / "server.properties"
         port, controller_port = self._ports
         properties.write_text(
-            PROPERTIES.format(host=HOST, port=port, controller_port=controller_port, data=data, max_bytes=MAX_EVENT_BYTES + 2**16),
+            PROPERTIES.format(host=LOOPBACK, port=port, controller_port=controller_port, data=data, max_bytes=MAX_EVENT_BYTES + 2**16),
             encoding="utf-8",
         )
         java = [
@@ -250,11 +250,11 @@ def _pick_ports(*wanted: int) -> tuple[int, int]:
             held.append(probe := socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Kafka does: a port in TIME_WAIT is free
             try:
-                probe.bind((HOST, port))
+                probe.bind((LOOPBACK, port or free_ports(1)[0]))
             except OSError as error:
                 raise BrokerError(
                     f"port {port} is in use, the embedded broker cannot have it",
-                    f"{HOST}:{port}",
+                    f"{LOOPBACK}:{port}",
                     "end what listens there, or name another port (0 takes a free one)",
                 ) from error
         first, second = (probe.getsockname()[1] for probe in held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from esrl_ray.learning.algorithm import EnhancedRLConfig
 from esrl_ray.learning.offline import OfflineTraining
 from esrl_ray.learning.offline_run import OfflineRun, begin, settings_digest
 from esrl_ray.policy.policy import Policy, PolicyKind
+from esrl_ray.ports import free_ports
 from esrl_ray.replay.steps import Steps
 from streaming.steplog import StepLog, WorkerState
 from tests.step_tables import simulated_steps, step_table
@@ -196,9 +196,7 @@ def test_a_killed_command_goes_on_to_the_same_policy(steps: Steps, tmp_path: Pat
 def dashboard() -> Iterator[str]:
     """Address for jobs of a local cluster."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     context = ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=True, dashboard_port=port, log_to_driver=False)
     yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 
 from esrl_ray.cli import watchdog
 from esrl_ray.config import Config, load_config
+from esrl_ray.ports import free_ports
 from serve.app import serve_environment
 from serve.client import FuseClient
 from streaming.producer import EventProducer
@@ -28,16 +28,6 @@ from streaming.wire import SCHEMA_VERSION, Feedback
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @dataclass(frozen=True)
@@ -91,8 +81,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     found = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
     head = found.start(*command, log=log)
     deadline = time.monotonic() + 90
-    while found.run("ray", "job", "list", "--address", found.dashboard).returncode:
-        assert head.poll() is None and time.monotonic() < deadline, f"the cluster did not start:\n{log.read_text()[-3000:]}"
+    while (job := found.run("ray", "job", "submit", "--address", found.dashboard, "--", "true")).returncode:
+        assert head.poll() is None and time.monotonic() < deadline, f"no job gets in:\n{job.stderr[-1000:]}\n{log.read_text()[-3000:]}"
         time.sleep(1)
     yield found
     watchdog.stop(guard)
