@@ -1,30 +1,23 @@
-"""The real broker: both events there and back, crashes, gaps, dead letters."""
+"""The real broker: both events there and back, crashes, gaps."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from pydantic import SecretStr
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError, StreamError
-from streaming import broker as broker_module
+from esrl_ray.errors import StreamError
 from streaming import wire
-from streaming.broker import DEAD_LETTER_SUFFIX, EmbeddedBroker, _pick_ports, end_offsets, ensure_topics
-from streaming.client import client_settings, connect
-from streaming.deadletter import DeadLetters
+from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
+from streaming.client import connect
 from streaming.producer import EventProducer
 from streaming.source import Record, Source
 
@@ -91,57 +84,6 @@ def own_broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
     """A broker that the test may kill."""
     with EmbeddedBroker.start(tmp_path / "own-broker", say=print) as embedded:
         yield embedded
-
-
-SASL = {
-    "{port},CONTROLLER://": "{port},EXT://{host}:SASL_PORT,CONTROLLER://",
-    "advertised.listeners=PLAINTEXT://{host}:{port}": "advertised.listeners=PLAINTEXT://{host}:{port},EXT://{host}:SASL_PORT",
-    "CONTROLLER:PLAINTEXT\n": "CONTROLLER:PLAINTEXT,EXT:SASL_PLAINTEXT\nlistener.name.ext.sasl.enabled.mechanisms=PLAIN\n"
-    'listener.name.ext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_u="right";\n',
-}
-
-
-@pytest.fixture(scope="module")
-def unlucky_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, int]]:
-    """A broker whose first choice of a port is taken before it binds it; with a listener that wants a password.
-
-    Gives the address of that listener, the broker's address, and the port that was taken.
-    """
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        taken_port, (sasl_port, spare) = taken.getsockname()[1], _pick_ports(0, 0)
-        picks = iter([(taken_port, spare)])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(broker_module, "_pick_ports", lambda *wanted: next(picks, None) or _pick_ports(*wanted))
-            for old, new in SASL.items():
-                patch.setattr(broker_module, "PROPERTIES", broker_module.PROPERTIES.replace(old, new.replace("SASL_PORT", str(sasl_port))))
-            embedded = EmbeddedBroker.start(tmp_path_factory.mktemp("unlucky"))
-        with embedded:
-            yield f"127.0.0.1:{sasl_port}", embedded.bootstrap_servers, taken_port
-
-
-def test_a_wrong_password_shows_the_brokers_reason(unlucky_broker: tuple[str, str, int]) -> None:
-    sasl = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "u"}
-    right = KafkaConfig.model_validate({"bootstrap_servers": unlucky_broker[0], **sasl, "sasl_password": "right"})
-    ensure_topics(right)
-    assert set(end_offsets(right).values()) == {0}
-    wrong = right.model_copy(update={"sasl_password": SecretStr("wrong")})
-    texts: list[str] = []
-    while len(texts) < 15 and not any(
-        "Invalid username or password" in text for text in texts
-    ):  # now and then kafka-python sees only the end
-        with pytest.raises(BrokerError, match=f"SASL_PLAINTEXT {unlucky_broker[0]}.*credentials") as caught:
-            connect(KafkaProducer, wrong, bootstrap_timeout_ms=4_000)
-        texts.append(str(caught.value))
-    assert "Invalid username or password" in texts[-1]
-    assert "wrong" not in texts[-1]
-
-
-def test_a_port_that_is_taken_before_the_broker_binds_it_is_replaced(unlucky_broker: tuple[str, str, int]) -> None:
-    _, bootstrap_servers, taken_port = unlucky_broker
-    assert bootstrap_servers != f"127.0.0.1:{taken_port}"
-    ensure_topics(KafkaConfig(bootstrap_servers=bootstrap_servers))
 
 
 def test_both_events_come_back_as_sent_and_meet_in_one_partition(kafka_config: KafkaConfig) -> None:
@@ -353,79 +295,3 @@ def test_partitions_added_while_reading_stop_the_reader(kafka_config: KafkaConfi
         for _ in range(100):
             source.poll(50)
     source.close()
-
-
-def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -> None:
-    letters = DeadLetters(kafka_config)
-    refused = Record(kafka_config.feedback_topic, 3, 42, 1, b"key", b"\xffnot an event", wire.JSON)
-    empty = refused._replace(offset=43, value=None)
-    letters.send(refused, "not a Feedback: ä")
-    letters.send(empty, "the record has no value")
-    letters.flush()
-    letters.close()
-    assert letters.sent == 2
-    reader = connect(KafkaConsumer, kafka_config, auto_offset_reset="earliest")
-    reader.assign([TopicPartition(kafka_config.feedback_topic + DEAD_LETTER_SUFFIX, 0)])
-    (found,) = reader.poll(timeout_ms=10_000).values()
-    reader.close()
-    assert [(r.key, r.value) for r in found] == [
-        (f"{kafka_config.feedback_topic}/3/{n}".encode(), v) for n, v in ((42, b"\xffnot an event"), (43, None))
-    ]
-    assert dict(found[0].headers) == {
-        "error": "not a Feedback: ä".encode(),
-        "topic": kafka_config.feedback_topic.encode(),
-        "partition": b"3",
-        "offset": b"42",
-        "content-type": wire.JSON,
-    }
-
-
-def test_dead_letters_that_cannot_be_delivered_stop_the_commit(kafka_config: KafkaConfig) -> None:
-    letters = DeadLetters(kafka_config.model_copy(update={"bootstrap_servers": "127.0.0.1:9"}), flush_timeout_s=0.0)
-    letters.send(Record(kafka_config.feedback_topic, 0, 0, 1, None, b"?", wire.JSON), "bad")
-    with pytest.raises(BrokerError, match="1 dead letters were not acknowledged"):
-        letters.flush()
-
-
-def test_a_port_in_use_is_named(broker: str, tmp_path: Path) -> None:
-    port = int(broker.rpartition(":")[2])
-    with pytest.raises(BrokerError, match=f"port {port} is in use"):
-        EmbeddedBroker.start(tmp_path, port=port)
-
-
-def test_a_broker_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "meta.properties").write_text("version=1\ncluster.id=x\nnode.id=77\n")
-    with pytest.raises(BrokerError, match=r"(?s)ended while it started.*\| .*node id 77.*broker\.log"):
-        EmbeddedBroker.start(tmp_path)
-
-
-def test_a_killed_parent_leaves_no_broker_even_when_a_thread_started_it(tmp_path: Path) -> None:
-    code = f"""
-import threading, time
-from pathlib import Path
-from streaming.broker import EmbeddedBroker
-brokers = []
-thread = threading.Thread(target=lambda: brokers.append(EmbeddedBroker.start(Path({str(tmp_path)!r}))))
-thread.start(); thread.join(); time.sleep(0.3)
-assert brokers[0].alive
-print(brokers[0].pid, flush=True)
-time.sleep(60)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    assert parent.stdout is not None
-    with parent:
-        pid = int(parent.stdout.readline())
-        child = psutil.Process(pid)
-        assert os.getpgid(pid) == pid != os.getpgid(parent.pid)
-        parent.kill()
-    child.wait(5)
-    assert not psutil.pid_exists(pid)
-
-
-def test_settings_and_errors_name_the_broker() -> None:
-    with pytest.raises(BrokerError, match=r"kafka\.bootstrap_servers"):
-        client_settings(KafkaConfig())
-    with pytest.raises(BrokerError, match=r"(?s)Connect.*127\.0\.0\.1:9"):
-        connect(KafkaProducer, KafkaConfig(bootstrap_servers="127.0.0.1:9"), bootstrap_timeout_ms=300)
-    assert not [t for t in threading.enumerate() if t.name.startswith("kafka-io-kafka-python")]

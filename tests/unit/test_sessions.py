@@ -268,28 +268,6 @@ def test_without_require_shown_the_position_decides() -> None:
     assert join.counts("decisions") == {Bucket.JOINED: 1, Bucket.NEVER_SHOWN: 1}
 
 
-def test_late_feedback_amends_an_open_session_with_absolute_values() -> None:
-    join = Join()
-    join.push(*shown("a", 0), feedback("a", "watch", 1, item="i0", value=2))
-    join.until(6)
-    join.push(feedback("a", "watch", 2, item="i0", value=3))
-    (row,) = join.until(7)
-    assert (row.revision, row.behaviours[0].tolist(), row.states) == (1, [0, 5, 0], None)
-    assert join.counts("feedback") == {Bucket.JOINED: 3}
-
-
-def test_feedback_is_late_after_the_amend_time_and_after_the_session() -> None:
-    join = Join(configure(amend_s=5))
-    join.push(*shown("a", 0), feedback("a", "click", 9, item="i0"), feedback("a", "click", 9.001, item="i1"))
-    join.until(20)
-    assert join.steps["a"].behaviours[:, 0].tolist() == [1, 0, 0]
-    assert join.counts("feedback") == {Bucket.JOINED: 2, Bucket.LATE: 1}
-    join.until(40)
-    join.push(feedback("a", "click", 39, item="i2"))
-    join.until(41)
-    assert join.counts("feedback") == {Bucket.JOINED: 2, Bucket.LATE: 2}
-
-
 def test_duplicates_are_counted_and_change_nothing() -> None:
     join = Join()
     join.push(*shown("a", 0), feedback("a", "watch", 1, item="i0", event_id="w"), feedback("a", "watch", 1, item="i0", event_id="w"))
@@ -300,16 +278,6 @@ def test_duplicates_are_counted_and_change_nothing() -> None:
     assert row.behaviours[0, 1] == 1
     assert join.counts("decisions") == {Bucket.JOINED: 1, Bucket.DUPLICATE: 2}
     assert join.counts("feedback") == {Bucket.JOINED: 2, Bucket.DUPLICATE: 2}
-
-
-def test_an_event_older_than_the_deduplication_window_is_late_at_once() -> None:
-    join = Join()
-    join.push(*shown("a", 200))
-    join.until(200)
-    join.push(decision("b", 79.999), feedback("b", "shown", 79.999), decision("c", 80))
-    assert join.joiner.ledger[("decisions", Bucket.LATE)] == 1
-    assert join.joiner.ledger[("feedback", Bucket.LATE)] == 1
-    assert join.joiner.ledger[("decisions", Bucket.IN_OPEN_SESSION)] == 2
 
 
 def test_a_decision_cannot_be_logged_twice_by_a_duplicate_with_another_time() -> None:
@@ -340,26 +308,6 @@ def test_feedback_on_an_item_or_session_that_the_decision_does_not_have_is_unmat
     (row,) = join.until(4)
     assert not row.behaviours.any()
     assert join.counts("feedback") == {Bucket.JOINED: 1, Bucket.UNMATCHED: 2}
-
-
-def test_a_late_decision_is_put_between_its_neighbours_and_both_links_and_indices_are_amended() -> None:
-    join = Join()
-    join.push(*shown("a", 0), *shown("c", 10))
-    join.until(14)
-    assert join.links == {"a": ("s", 0, "c", Ended.HAS_NEXT), "c": ("s", 1, None, Ended.OPEN)}
-    join.push(*shown("b", 5))
-    assert {row.step_id for row in join.until(14.5)} == {"a", "b", "c"}
-    assert join.links == {"a": ("s", 0, "b", Ended.HAS_NEXT), "b": ("s", 1, "c", Ended.HAS_NEXT), "c": ("s", 2, None, Ended.OPEN)}
-
-
-def test_a_late_decision_that_was_never_shown_leaves_the_links_alone() -> None:
-    join = Join()
-    join.push(*shown("a", 0), *shown("c", 10))
-    join.until(14)
-    join.push(decision("b", 12))
-    assert join.until(14.5) == []
-    assert join.until(16) == []
-    assert join.counts("decisions") == {Bucket.JOINED: 2, Bucket.NEVER_SHOWN: 1}
 
 
 def test_close_truncates_what_is_open_and_settles_everything() -> None:
@@ -400,16 +348,6 @@ def test_without_a_gap_only_leave_ends_a_session_and_old_steps_are_forgotten() -
     assert [row.next_id for row in join.steps.values()] == [f"d{i}" for i in range(1, 400)] + [None]
     assert join.steps["d399"].ended is Ended.TERMINATED
     assert {row.session_id for row in join.steps.values()} == {"s"}
-
-
-def test_without_a_gap_a_decision_before_a_forgotten_step_is_late_with_its_feedback() -> None:
-    join = Join(configure(gap_s=None, amend_s=0))
-    join.push(*shown("a", 0), *shown("b", 10), *shown("c", 20))
-    join.until(25)
-    join.push(*shown("l", 5))
-    join.until(26)
-    assert join.counts("decisions") == {Bucket.JOINED: 3, Bucket.LATE: 1}
-    assert join.counts("feedback") == {Bucket.JOINED: 3, Bucket.LATE: 1}
 
 
 def test_the_watermark_follows_the_slower_topic_and_the_clock_only_at_the_end_of_a_topic() -> None:

@@ -1,0 +1,46 @@
+"""Refused records in their topics on the real broker."""
+
+from __future__ import annotations
+
+import pytest
+from kafka import KafkaConsumer, TopicPartition
+
+from esrl_ray.config import KafkaConfig
+from esrl_ray.errors import BrokerError
+from streaming import wire
+from streaming.broker import DEAD_LETTER_SUFFIX
+from streaming.client import connect
+from streaming.deadletter import DeadLetters
+from streaming.source import Record
+
+
+def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -> None:
+    letters = DeadLetters(kafka_config)
+    refused = Record(kafka_config.feedback_topic, 3, 42, 1, b"key", b"\xffnot an event", wire.JSON)
+    empty = refused._replace(offset=43, value=None)
+    letters.send(refused, "not a Feedback: ä")
+    letters.send(empty, "the record has no value")
+    letters.flush()
+    letters.close()
+    assert letters.sent == 2
+    reader = connect(KafkaConsumer, kafka_config, auto_offset_reset="earliest")
+    reader.assign([TopicPartition(kafka_config.feedback_topic + DEAD_LETTER_SUFFIX, 0)])
+    (found,) = reader.poll(timeout_ms=10_000).values()
+    reader.close()
+    assert [(r.key, r.value) for r in found] == [
+        (f"{kafka_config.feedback_topic}/3/{n}".encode(), v) for n, v in ((42, b"\xffnot an event"), (43, None))
+    ]
+    assert dict(found[0].headers) == {
+        "error": "not a Feedback: ä".encode(),
+        "topic": kafka_config.feedback_topic.encode(),
+        "partition": b"3",
+        "offset": b"42",
+        "content-type": wire.JSON,
+    }
+
+
+def test_dead_letters_that_cannot_be_delivered_stop_the_commit(kafka_config: KafkaConfig) -> None:
+    letters = DeadLetters(kafka_config.model_copy(update={"bootstrap_servers": "127.0.0.1:9"}), flush_timeout_s=0.0)
+    letters.send(Record(kafka_config.feedback_topic, 0, 0, 1, None, b"?", wire.JSON), "bad")
+    with pytest.raises(BrokerError, match="1 dead letters were not acknowledged"):
+        letters.flush()
