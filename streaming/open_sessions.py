@@ -12,7 +12,7 @@ from collections import Counter
 
 from esrl_ray.config import Config
 from esrl_ray.vocabulary import Bucket, Ended
-from streaming.session_state import DECISIONS, FEEDBACK, JoinState, OpenStep, Session
+from streaming.session_state import DECISIONS, FEEDBACK, Bulk, JoinState, OpenStep, Session
 from streaming.wire import LEAVE, SHOWN, Feedback
 
 _CLOSE, _GAP, _PATIENCE = range(3)  # timers, in this order at the same time
@@ -24,16 +24,17 @@ class OpenSessions:
     Args:
         config: Sections `join` and `reward`.
         settled: (topic -> bucket -> events), counted up here.
+        bulks: Decision id -> bulk; that of a decision which will have no row is dropped here.
     """
 
-    def __init__(self, config: Config, settled: dict[str, Counter[Bucket]]) -> None:
+    def __init__(self, config: Config, settled: dict[str, Counter[Bucket]], bulks: dict[str, Bulk]) -> None:
         join = config.join
         self.now_ms = 0  # event time
         self.timers: list[tuple[int, int, str, int, OpenStep | Session | Feedback]] = []  # due, kind, id, number
         self.open: dict[tuple[str, int], Session] = {}  # least recently active first
         self.changed: dict[str, OpenStep] = {}  # closed steps that need a row
         self.num_closed = 0
-        self._settled = settled
+        self._settled, self._bulks = settled, bulks
         self._columns = {b.name: (i, b.combine) for i, b in enumerate(config.reward.behaviours)}
         self._label_age, self._amend, self._dedup = (round(seconds * 1000) for seconds in (join.label_age_s, join.amend_s, join.dedup_s))
         self._gap = None if join.gap_s is None else round(join.gap_s * 1000)
@@ -51,8 +52,12 @@ class OpenSessions:
 
     def num_unsettled(self) -> tuple[int, int]:
         """Decisions and feedback that are in no other bucket than an open session."""
-        unclosed = [step for step, _ in self._steps.values() if not step.closed]
+        unclosed = self.unclosed()
         return len(unclosed), sum(len(events) for events in self._waiting.values()) + sum(step.num_feedback for step in unclosed)
+
+    def unclosed(self) -> list[OpenStep]:
+        """Steps whose label age is not reached."""
+        return [step for step, _ in self._steps.values() if not step.closed]
 
     def apply(self, event: OpenStep | Feedback) -> None:
         """Apply one event."""
@@ -83,7 +88,7 @@ class OpenSessions:
             self._settle_waiting(decision_id, Bucket.UNMATCHED)
         for session in list(self.open.values()):
             self._end(session, Ended.TRUNCATED, 0)
-        for step in sorted((step for step, _ in self._steps.values() if not step.closed), key=lambda step: step.place):
+        for step in sorted(self.unclosed(), key=lambda step: step.place):
             self._close_step(step)
         self.timers.clear()
 
@@ -239,6 +244,8 @@ class OpenSessions:
 
     def _leave_behind(self, step: OpenStep, bucket: Bucket) -> None:
         """Remember for a while what becomes of feedback to a step that is no longer in the state."""
+        if not step.closed:
+            self._bulks.pop(step.step_id, None)
         self._gone[step.step_id] = self.now_ms + self._dedup, bucket
         self._settle_waiting(step.step_id, bucket)
 

@@ -1,4 +1,7 @@
-"""What the session join remembers between events, in the form in which it is stored: msgspec structs, arrays as bytes."""
+"""What the session join remembers between events, in the form in which it is stored: msgspec structs.
+
+The wide part of a decision (`Bulk`) is not in it: a step keeps its offset, and after a restart its bulk is read from the topic again.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Bucket, Ended, Floats, StepRow
 from streaming.wire import DecodedDecision, Feedback
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 Topic = Literal["decisions", "feedback"]
 DECISIONS: Topic = "decisions"
 FEEDBACK: Topic = "feedback"
 
 
-class Bulk(msgspec.Struct, frozen=True, array_like=True):
-    """The wide part of a decision, as little-endian bytes; forgotten once its row is written."""
+class Bulk(msgspec.Struct, frozen=True):
+    """The wide part of a decision, as little-endian bytes; forgotten once its row is written, and never stored."""
 
     positions: bytes  # (G,) int32
     states: bytes  # (G, F) float32
@@ -46,7 +49,6 @@ class OpenStep(msgspec.Struct, array_like=True, eq=False):
     num_candidates: int
     item_ids: list[str]  # G
     listed: list[bool]  # (G,) position >= 0: what `shown` without an item stands for
-    bulk: Bulk | None
     shown: list[bool]  # (G,)
     kept: bool  # it has a shown pair, so it is or will be logged
     values: dict[int, float] = {}  # g * num_behaviours + behaviour -> combined value, not capped yet
@@ -146,25 +148,32 @@ def open_step(decoded: DecodedDecision, offset: int, *, require_shown: bool) -> 
         num_candidates=event.num_candidates,
         item_ids=event.item_ids,
         listed=listed,
-        bulk=Bulk(
-            positions=np.asarray(event.positions, "<i4").tobytes(),
-            states=decoded.states.tobytes(),
-            categorical=decoded.categorical.tobytes(),
-            scores=decoded.scores.tobytes(),
-            actions=decoded.actions.tobytes(),
-            anchor_actions=decoded.anchor_actions.tobytes(),
-            fused_scores=decoded.fused_scores.tobytes(),
-        ),
         shown=[False] * len(listed) if require_shown else list(listed),
         kept=not require_shown and any(listed),
     )
 
 
-def step_row(step: OpenStep, behaviours: Floats, rewards: Floats, spec: Spec, *, partition: int, closed_ms: int) -> StepRow:
-    """The row of a step as it is now; with the bulky fields as long as the step has them.
+def bulk_of(decoded: DecodedDecision) -> Bulk:
+    """What a step's first row needs beside the step."""
+    return Bulk(
+        positions=np.asarray(decoded.event.positions, "<i4").tobytes(),
+        states=decoded.states.tobytes(),
+        categorical=decoded.categorical.tobytes(),
+        scores=decoded.scores.tobytes(),
+        actions=decoded.actions.tobytes(),
+        anchor_actions=decoded.anchor_actions.tobytes(),
+        fused_scores=decoded.fused_scores.tobytes(),
+    )
+
+
+def step_row(
+    step: OpenStep, bulk: Bulk | None, behaviours: Floats, rewards: Floats, spec: Spec, *, partition: int, closed_ms: int
+) -> StepRow:
+    """The row of a step as it is now.
 
     Args:
         step: The closed step, its revision already counted up.
+        bulk: For its first row; None for an amendment.
         behaviours: (G, num_behaviours) combined values.
         rewards: (G, q).
         spec: Widths of the bulky fields.
@@ -191,7 +200,7 @@ def step_row(step: OpenStep, behaviours: Floats, rewards: Floats, spec: Spec, *,
         next_id=step.next_id,
         ended=step.ended,
     )
-    if (bulk := step.bulk) is None:
+    if bulk is None:
         return row
     g, k = len(step.item_ids), spec.num_scores
     return replace(

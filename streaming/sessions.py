@@ -9,6 +9,9 @@ is later. It never goes down.
 
 Ledger: a decision is joined when its step closes, feedback when it is applied to a closed step or its step closes. Until then both
 are in an open session. Every event is in exactly one bucket at any time.
+
+The state holds no bulk. A joiner that goes on from one lacks that of the steps which have no row yet, and wants their decisions again
+(`lacking`, `give_back`) before it advances.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ from streaming.session_state import (
     DECISIONS,
     FEEDBACK,
     STATE_VERSION,
+    Bulk,
     JoinState,
     OpenStep,
     Topic,
+    bulk_of,
     decode_state,
     encode_state,
     open_step,
@@ -64,7 +69,9 @@ class SessionJoiner:
         self._seen: set[str] = set()
         self._seen_by_second: dict[int, list[str]] = {}
         self._pending: list[tuple[int, int, str, OpenStep | Feedback]] = []
-        self._sessions = OpenSessions(config, self._settled)
+        self._bulks: dict[str, Bulk] = {}  # decision id -> what its first row needs
+        self._lacking: dict[str, int] = {}
+        self._sessions = OpenSessions(config, self._settled, self._bulks)
         if state is not None:
             self._restore(decode_state(state, partition))
 
@@ -84,6 +91,11 @@ class SessionJoiner:
         return self._sessions.num_closed
 
     @property
+    def lacking(self) -> dict[str, int]:
+        """Decision id -> offset of the decisions that are needed again."""
+        return self._lacking
+
+    @property
     def ledger(self) -> dict[tuple[str, Bucket], int]:
         """(topic, bucket) -> events since the first event ever; open sessions are counted from the state."""
         decisions, feedback = self._sessions.num_unsettled()
@@ -98,11 +110,21 @@ class SessionJoiner:
         """Count events that never reach the join (dead letters)."""
         self._settled[topic][bucket] += amount
 
+    def give_back(self, offset: int, decoded: DecodedDecision) -> bool:
+        """Take a decision that is lacking; False when it is not the one that stood at that offset."""
+        decision_id = decoded.event.decision_id
+        if self._lacking.get(decision_id) != offset:
+            return False
+        del self._lacking[decision_id]
+        self._bulks[decision_id] = bulk_of(decoded)
+        return True
+
     def push(self, decisions: Sequence[tuple[int, DecodedDecision]], feedback: Sequence[tuple[int, Feedback]]) -> None:
         """Take events, each topic's in the order of its offsets: (offset, event)."""
         for offset, decoded in decisions:
             decision = decoded.event
             if self._is_new(DECISIONS, decision.decision_id, decision.event_time_ms):
+                self._bulks[decision.decision_id] = bulk_of(decoded)
                 self._push(open_step(decoded, offset, require_shown=self._require_shown))
         for _, event in feedback:
             if self._is_new(FEEDBACK, event.event_id, event.event_time_ms):
@@ -116,6 +138,7 @@ class SessionJoiner:
             decisions_at_end: Everything in the topic `decisions` of this partition has been pushed.
             feedback_at_end: The same for `feedback`.
         """
+        assert not self._lacking, "a row without its bulk"
         marks = []
         for topic, at_end in ((DECISIONS, decisions_at_end), (FEEDBACK, feedback_at_end)):
             newest = max(self._newest.get(topic, 0), clock_ms if at_end else 0)
@@ -154,6 +177,7 @@ class SessionJoiner:
         for event in events:
             self._push(event)
         self._sessions.restore(state)
+        self._lacking = {step.step_id: step.offset for step in [*state.pending_decisions, *self._sessions.unclosed()]}
 
     def _is_new(self, topic: Topic, event_id: str, event_time_ms: int) -> bool:
         self._newest[topic] = max(event_time_ms, self._newest.get(topic, event_time_ms))
@@ -210,7 +234,14 @@ class SessionJoiner:
         for step, start, end in zip(steps, offsets, offsets[1:], strict=False):
             step.revision += 1
             rows.append(
-                step_row(step, behaviours[start:end], rewards[start:end], self._spec, partition=self._partition, closed_ms=closed_ms)
+                step_row(
+                    step,
+                    None if step.revision else self._bulks.pop(step.step_id),
+                    behaviours[start:end],
+                    rewards[start:end],
+                    self._spec,
+                    partition=self._partition,
+                    closed_ms=closed_ms,
+                )
             )
-            step.bulk = None
         return rows

@@ -73,6 +73,7 @@ class Source:
         self._assigned = [TopicPartition(topic, p) for topic in self._topics for p in partitions]
         self._stored = {_name(tp): positions[_name(tp)] for tp in self._assigned if _name(tp) in positions}
         self._positions: dict[Any, int] = {}
+        self._again: dict[Any, int] = {}  # next offset of what is read again, while it is below the stored position
         self._ends: dict[Any, int] = {}
         self._ends_s = self._asked_s = clock_s() - ENDS_VALID_S
         self._max_poll_records = max_poll_records
@@ -85,6 +86,15 @@ class Source:
     def degraded_s(self) -> float:
         """For how long the broker has been down; 0 when it is not."""
         return 0.0 if self._down_since_s is None else self._clock_s() - self._down_since_s
+
+    @property
+    def reads_again(self) -> bool:
+        """Records below the stored positions are still to come, and only those come now."""
+        return bool(self._again)
+
+    def read_again(self, starts: Mapping[str, int]) -> None:
+        """Before the first `poll`: first return the records from these offsets up to the stored positions once more."""
+        self._again = {tp: starts[_name(tp)] for tp in self._assigned if _name(tp) in starts}
 
     def poll(self, timeout_ms: int) -> list[Record]:
         """Records that came, in partition order; empty after the time, and while the broker is down.
@@ -101,7 +111,10 @@ class Source:
             # All this before the poll: what fails here loses no records. The consumer's own positions also pass transaction markers.
             if self._out_of_range:
                 self._check_positions(self._positions)
+                self._check_again(self._first_offsets())
                 self._out_of_range = False  # they are there: a new leader was behind for a moment
+            if self._again:
+                return self._poll_again(timeout_ms)
             for tp in self._assigned:
                 if (position := self._consumer.position(tp, timeout_ms=0)) is not None:
                     self._positions[tp] = position
@@ -167,16 +180,50 @@ class Source:
             firsts = self._first_offsets()
             self._positions = {tp: self._stored.setdefault(_name(tp), firsts[tp]) for tp in self._assigned}
             self._check_positions(self._positions)
+            self._check_again(firsts)
         except BaseException:
             self.close()
             raise
-        consumer.assign(self._assigned)
-        for tp, position in self._positions.items():
-            consumer.seek(tp, position)
+        self._assign(self._again or self._positions)
+
+    def _assign(self, positions: Mapping[Any, int]) -> None:
+        self._consumer.assign(list(positions))
+        for tp, position in positions.items():
+            self._consumer.seek(tp, position)
+
+    def _poll_again(self, timeout_ms: int) -> list[Record]:
+        for tp in self._again:
+            if (position := self._consumer.position(tp, timeout_ms=0)) is not None:
+                self._again[tp] = position
+        batches = self._consumer.poll(timeout_ms=timeout_ms)
+        self._again |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
+        records = [_record(tp, raw) for tp, batch in batches.items() for raw in batch if raw.offset < self._positions[tp]]
+        if any(position >= self._positions[tp] for tp, position in self._again.items()):
+            self._again = {tp: position for tp, position in self._again.items() if position < self._positions[tp]}
+            self._assign(self._again or self._positions)
+        if self._down_since_s is not None:
+            self._refresh_ends()
+        return records
+
+    def _check_again(self, firsts: Mapping[Any, int]) -> None:
+        for tp, start in self._again.items():
+            if start < firsts[tp]:
+                raise StreamError(
+                    f"the decisions from offset {start} on are needed again for lists without a row, the first that the broker has is "
+                    f"{firsts[tp]}: retention deleted them, or the topic was made anew",
+                    f"{tp.topic}[{tp.partition}]@{start}",
+                    "raise the topic's retention above join.label_age_s + join.lateness_s + the longest pause; "
+                    "to go on without these lists, start with a new run.dir",
+                )
 
     def _first_offsets(self) -> dict[Any, int]:
-        firsts: dict[Any, int] = self._consumer.beginning_offsets(self._assigned, timeout_ms=5_000)
-        return firsts
+        return self._ask(self._consumer.beginning_offsets, 5_000)
+
+    def _ask(self, offsets: Callable[..., dict[Any, int]], timeout_ms: int) -> dict[Any, int]:
+        try:
+            return offsets(self._assigned, timeout_ms=timeout_ms)
+        except KeyError as error:  # kafka-python 3.0.12: after a retry inside, some partitions may be left out
+            raise _NotThereError(f"no offset of {error}") from error
 
     def _check_topics(self) -> None:
         for topic in self._topics:
@@ -186,7 +233,7 @@ class Source:
 
     def _check_positions(self, positions: Mapping[Any, int]) -> None:
         """Every position must lie between the first and the end offset of its partition."""
-        firsts, ends = self._first_offsets(), self._consumer.end_offsets(self._assigned, timeout_ms=5_000)
+        firsts, ends = self._first_offsets(), self._ask(self._consumer.end_offsets, 5_000)
         for tp, position in positions.items():
             if not firsts[tp] <= position <= ends[tp]:
                 what = "retention deleted records that were not read" if position < firsts[tp] else "the topic was made anew or cut"
@@ -198,7 +245,7 @@ class Source:
 
     def _refresh_ends(self) -> None:
         self._asked_s = self._clock_s()
-        self._ends = self._consumer.end_offsets(self._assigned, timeout_ms=ENDS_TIMEOUT_MS)
+        self._ends = self._ask(self._consumer.end_offsets, ENDS_TIMEOUT_MS)
         self._ends_s = self._clock_s()
         self._check_topics()
         if self._down_since_s is not None:

@@ -35,6 +35,8 @@ POLL_MS = 100
 PAUSE_S = 0.05  # after a small poll: without it a fast broker would make a thousand polls of one record each
 SMALL_SHARE = 0.1  # of ingest.max_poll_records
 
+_MADE_ANEW = "the topic was made anew or cut; to go on without these lists, start with a new run.dir"
+
 Publish = Callable[[str, int, pa.Table, int], object]
 """(worker, commit, rows, committed_ms): what is called after each commit."""
 
@@ -47,6 +49,13 @@ class RecordSource(Protocol):
 
     def positions(self) -> dict[str, int]:
         """`topic/partition` -> next offset."""
+
+    def read_again(self, starts: Mapping[str, int]) -> None:
+        """Before the first poll: `topic/partition` -> offset from which on records below the positions are to come again, first."""
+
+    @property
+    def reads_again(self) -> bool:
+        """They are still coming."""
 
     def at_end(self, topic: str, partition: int) -> bool:
         """Everything in the partition was returned by `poll`."""
@@ -137,6 +146,8 @@ class IngestWorker:
         stored = {} if state is None else state.joiners
         self._joiners = {p: SessionJoiner(p, config, state=stored.get(p)) for p in self._partitions}
         self._source = source_factory({} if state is None else state.positions)
+        self._lacking = {p: set(joiner.lacking.values()) for p, joiner in self._joiners.items() if joiner.lacking}
+        self._source.read_again({f"{config.kafka.decisions_topic}/{p}": min(offsets) for p, offsets in self._lacking.items()})
         self._last_ledger = self._ledger()
         self._commit_s = 0.0
         self._due_ms = clock_ms() + self._interval_ms
@@ -144,7 +155,8 @@ class IngestWorker:
         self._lock = threading.Lock()
         self._status: dict[str, Any] = {}
         self._take_status()
-        _logger.info("worker starts worker=%s partitions=%s commit=%d", worker, self._partitions, self._commit)
+        lacking = sum(map(len, self._lacking.values()))
+        _logger.info("worker starts worker=%s partitions=%s commit=%d lacking=%d", worker, self._partitions, self._commit, lacking)
 
     def status(self) -> dict[str, Any]:
         """How the worker stands, as of its last poll or commit; may be called from another thread.
@@ -165,7 +177,8 @@ class IngestWorker:
             if self.run_once() < SMALL_SHARE * self._config.ingest.max_poll_records:
                 stop.wait(PAUSE_S)
         with self._alone():
-            self._make_commit(self._advance())
+            if not self._lacking:
+                self._make_commit(self._advance())
 
     def run_once(self) -> int:
         """Poll once, and commit when it is time.
@@ -175,6 +188,9 @@ class IngestWorker:
         """
         with self._alone():
             records = self._source.poll(max(0, min(POLL_MS, self._due_ms - self._clock_ms())))
+            if self._lacking:
+                self._take_again(records)
+                return len(records)
             self._take(records)
             if not 0 < self._due_ms - self._clock_ms() <= self._interval_ms:  # also when the clock was set back
                 self._make_commit(self._advance())
@@ -196,6 +212,8 @@ class IngestWorker:
         while not (reached := self._has_read(ends)) and self._clock_ms() < deadline_ms:
             self.run_once()
         with self._alone():
+            if self._lacking:
+                return False
             now_ms = self._clock_ms()
             self._make_commit([row for joiner in self._joiners.values() for row in joiner.close(clock_ms=now_ms)])
         _logger.info("worker drained worker=%s reached=%s commit=%d", self._worker, reached, self._commit)
@@ -217,6 +235,30 @@ class IngestWorker:
     def _has_read(self, ends: Mapping[str, int]) -> bool:
         positions = self._source.positions()
         return all(positions.get(where, 0) >= end for where, end in ends.items())
+
+    def _take_again(self, records: Sequence[Record]) -> None:
+        """Give lists without a row their bulk back. These records were counted before, dead letters among them were sent."""
+        for record in records:
+            if record.offset not in self._lacking.get(record.partition, ()):
+                continue
+            where = f"{record.topic}[{record.partition}]@{record.offset}"
+            try:
+                decoded = decode_decision(record.value, self._spec, record.content_type)
+            except WireError as error:
+                raise StreamError(f"a list without a row stood here, now it is unreadable: {error}", where, _MADE_ANEW) from error
+            if not self._joiners[record.partition].give_back(record.offset, decoded):
+                raise StreamError(f"a list without a row stood here, now it is decision {decoded.event.decision_id}", where, _MADE_ANEW)
+        if self._source.reads_again:
+            return
+        for partition in self._lacking:
+            if gone := sorted(self._joiners[partition].lacking.values()):
+                raise StreamError(
+                    f"{len(gone)} decisions from offset {gone[0]} to {gone[-1]} are needed again for lists without a row and do not come",
+                    f"{self._names[DECISIONS]}[{partition}]@{gone[0]}",
+                    _MADE_ANEW,
+                )
+        self._lacking = {}
+        _logger.info("worker has the open lists again worker=%s", self._worker)
 
     def _take(self, records: Sequence[Record]) -> None:
         decisions: dict[int, list[tuple[int, DecodedDecision]]] = defaultdict(list)

@@ -255,6 +255,37 @@ def test_a_position_before_the_first_kept_record_is_an_error_that_names_the_gap(
         source.close()
 
 
+def test_records_below_the_positions_are_read_again_first_and_then_it_goes_on(kafka_config: KafkaConfig) -> None:
+    producer, topic = connect(KafkaProducer, kafka_config), kafka_config.decisions_topic
+    for number in range(12):
+        for partition in (0, 1, 2):
+            producer.send(topic, value=b"%d" % number, partition=partition)
+    producer.send(kafka_config.feedback_topic, value=b"f", partition=0)
+    producer.flush()
+    positions = {f"{topic}/{p}": 8 for p in ALL if p < 3}
+    source = Source(kafka_config, ALL, positions, max_poll_records=5)
+    source.read_again({f"{topic}/0": 3, f"{topic}/1": 6})
+    again: list[Record] = []
+    for _ in range(300):
+        again += source.poll(100) if source.reads_again else []
+    offsets = {p: [r.offset for r in again if r.partition == p] for p in ALL}
+    assert offsets == {0: [3, 4, 5, 6, 7], 1: [6, 7], 2: [], 3: []} and {r.topic for r in again} == {topic}
+    assert positions.items() <= source.positions().items() and not source.at_end(topic, 0)
+    rest = _read(source, 13)
+    assert sorted((r.topic, r.partition, r.offset) for r in rest) == sorted(
+        [(topic, p, offset) for p in range(3) for offset in range(8, 12)] + [(kafka_config.feedback_topic, 0, 0)]
+    )
+    admin = connect(KafkaAdminClient, kafka_config)
+    admin.delete_records({TopicPartition(topic, 0): 5})
+    admin.close()
+    late = Source(kafka_config, ALL, positions, max_poll_records=5)
+    late.read_again({f"{topic}/0": 3})
+    with pytest.raises(StreamError, match=rf"from offset 3 on .* has is 5: .*{topic}\[0\]@3.*join.label_age_s"):
+        late.poll(100)
+    for closed in (producer, source, late):
+        closed.close()
+
+
 def test_records_deleted_in_front_of_a_running_reader_are_an_error_too(kafka_config: KafkaConfig) -> None:
     producer = connect(KafkaProducer, kafka_config)
     producer.send(kafka_config.feedback_topic, value=b"x" * 100, partition=0)

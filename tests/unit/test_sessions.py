@@ -377,5 +377,5 @@ def test_a_damaged_state_or_one_of_another_partition_is_refused() -> None:
     state = SessionJoiner(0, CONFIG).snapshot()
     with pytest.raises(LogError, match="cannot be read"):
         SessionJoiner(0, CONFIG, state=state[:-3])
-    with pytest.raises(LogError, match="partition 0, expected 1 of 1"):
+    with pytest.raises(LogError, match="partition 0, expected 2 of 1"):
         SessionJoiner(1, CONFIG, state=state)

@@ -98,6 +98,8 @@ def join(sent: Sequence[Sent], config: Config, polls: Sequence[Poll], *, close: 
             rows += joiner.advance(clock_ms=T0, decisions_at_end=False, feedback_at_end=False)
         if poll.restart:
             joiner = SessionJoiner(0, config, state=joiner.snapshot())
+            again = {e.event.decision_id: e for e in (s.event for s in sent) if isinstance(e, DecodedDecision)}
+            assert all(joiner.give_back(offset, again[name]) for name, offset in dict(joiner.lacking).items())
     if close:
         clock_ms = T0 + round(END_S * 1000)
         rows += joiner.advance(clock_ms=clock_ms, decisions_at_end=True, feedback_at_end=True)

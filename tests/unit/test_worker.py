@@ -118,12 +118,26 @@ class Topics:
     def __init__(self, world: World, partitions: Sequence[int], positions: Mapping[str, int]) -> None:
         self.world, self.keys = world, [key for key in world.topics if key[1] in partitions]
         self.at = {key: positions.get(f"{key[0]}/{key[1]}", 0) for key in self.keys}
+        self.again: list[Record] = []
+
+    def read_again(self, starts: Mapping[str, int]) -> None:
+        for where, start in starts.items():
+            topic, partition = where.split("/")
+            key = topic, int(partition)
+            self.again += [record for record in self.world.topics[key][: self.at[key]] if record.offset >= start]
+
+    @property
+    def reads_again(self) -> bool:
+        return bool(self.again)
 
     def poll(self, timeout_ms: int) -> list[Record]:
         assert 0 <= timeout_ms <= 100
         self.world.moment("poll")
         self.world.now_ms += 500
-        records: list[Record] = []
+        if self.again:
+            records, self.again = self.again[:5], self.again[5:]
+            return records
+        records = []
         for key in self.keys:
             batch = self.world.topics[key][self.at[key] :][: 5 - len(records)]
             self.at[key] += len(batch)
@@ -279,6 +293,69 @@ def test_a_crash_at_any_moment_changes_neither_the_steps_nor_the_ledger(crash_at
     assert sorted(whole) == [f"d{s}-{i}" for s in range(6) for i in range(4)]  # the first row of each step came once
     assert worker.status()["steps_closed"] == 24
     assert comparable(world) == comparable(calm)
+
+
+def with_an_open_list() -> World:
+    """Its first worker is gone; before and after its decision stands a record that is none."""
+    world = World()
+    partition = partition_of(b"s", PARTITIONS)
+    world.raw("decisions", b"poison", partition=partition)
+    world.write(decision("a", 0, session="s"))
+    world.write(decision("a", 0, session="s"))
+    world.raw("decisions", b"poison", partition=partition)
+    world.write(feedback("a", "shown", 1, session="s"))
+    worker = world.worker()
+    while len(world.commits) < 1:
+        worker.run_once()
+    return world
+
+
+def test_the_state_carries_no_bulk_and_a_restart_takes_it_from_the_topic() -> None:
+    world = with_an_open_list()
+    sent = decision("a", 0, session="s")
+    assert world.state is not None and not any(sent.states.tobytes() in state for state in world.state.joiners.values())
+    dead, world.num_passed = dict(world.dead), 0
+    worker = world.worker()
+    worker.run_once()  # reads again
+    assert world.refused == {} and world.num_passed == 0 and len(world.commits) == 1
+    assert worker.drain(world.ends, 60.0)
+    (row,) = pa.concat_tables(world.commits).to_pylist()
+    assert row["states"] == sent.states.reshape(-1).tolist() and row["shown"] == [True, True, False]
+    assert (
+        world.dead == dead
+        and worker.status()["ledger"]["decisions"] | {"joined": 1, "duplicate": 1, "dead_letter": 2}
+        == (worker.status()["ledger"]["decisions"])
+    )
+
+
+def test_a_worker_that_ends_before_the_open_lists_are_whole_changes_nothing() -> None:
+    world = with_an_open_list()
+    state, stop = world.state, threading.Event()
+    stop.set()
+    world.worker().run(stop)
+    assert not world.worker().drain(world.ends, 0.0) and world.state is state and len(world.commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        (b"poison", "now it is unreadable: not a Decision"),
+        (encode(decision("b", 0, session="s").event), "now it is decision b"),
+        (None, "1 decisions from offset 1 to 1 are needed again for lists without a row and do not come"),
+    ],
+)
+def test_a_topic_that_lost_an_open_list_stops_the_worker(now: bytes | None, reason: str) -> None:
+    world, partition = with_an_open_list(), partition_of(b"s", PARTITIONS)
+    records = world.topics["decisions", partition]
+    if now is None:
+        del records[1]
+    else:
+        records[1] = records[1]._replace(value=now)
+    worker = world.worker()
+    with pytest.raises(StreamError, match=rf"{reason}.*at decisions\[{partition}\]@1.*made anew"):
+        for _ in range(10):
+            worker.run_once()
+    assert len(world.commits) == 1
 
 
 def test_a_log_of_other_partitions_is_refused() -> None:
