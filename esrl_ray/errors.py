@@ -19,6 +19,8 @@ Every text says what, the actual value, what was expected, where, and what to do
 `args`, so every constructor argument goes to `super().__init__` and the text is built in `__str__`.
 """
 
+from esrl_ray.vocabulary import Refusal
+
 
 class EsrlError(Exception):
     """Base of all errors that this project raises on purpose.
@@ -46,7 +48,11 @@ class SpecMismatch(EsrlError):
 
 
 class WireError(EsrlError):
-    """Bytes from a topic are not a valid event."""
+    """Bytes from a topic are not a valid event; `code` is the class of the reason."""
+
+    def __init__(self, what: str, code: Refusal) -> None:
+        super().__init__(what)
+        self.args, self.code = (what, code), code
 
 
 class StreamError(EsrlError):

@@ -11,6 +11,7 @@ COUNTERS = {
     "esrl_request_handled_total": ("Requests answered, by arm and status.", ("arm", "status")),
     "esrl_decision_spooled_total": ("Decisions written to disk because Kafka was down.", ()),
     "esrl_event_settled_total": ("Events settled, by topic and ledger bucket.", ("topic", "bucket")),
+    "esrl_event_refused_total": ("Records refused, by topic and code of the reason.", ("topic", "code")),
     "esrl_step_closed_total": ("Steps closed by the join.", ("worker",)),
     "esrl_log_commits_total": ("Commits to the step log.", ("worker",)),
     "esrl_learner_gradient_steps_total": ("Gradient steps.", ()),

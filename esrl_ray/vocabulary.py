@@ -54,6 +54,27 @@ class Bucket(StrEnum):
     NOT_YET_READ = "not_yet_read"
 
 
+class Refusal(StrEnum):
+    """Why a record is no valid event: the header `code` of its dead letter, and a tag of metrics."""
+
+    NO_VALUE = "no-value"
+    TOO_LARGE = "too-large"
+    UNKNOWN_CONTENT_TYPE = "unknown-content-type"
+    MALFORMED = "malformed"  # neither JSON nor msgpack
+    UNKNOWN_SCHEMA_VERSION = "unknown-schema-version"
+    MISSING_FIELD = "missing-field"
+    WRONG_FIELD = "wrong-field"  # type or range
+    WRONG_ID = "wrong-id"
+    OTHER_SPEC = "other-spec"
+    WRONG_WIDTH = "wrong-width"
+    NOT_FINITE = "not-finite"
+    UNKNOWN_CATEGORY = "unknown-category"
+    UNDECLARED_BEHAVIOUR = "undeclared-behaviour"
+    FAR_FUTURE = "far-future"
+    KEY_MISMATCH = "key-mismatch"
+    WRONG_PARTITION = "wrong-partition"
+
+
 class Round(msgspec.Struct, frozen=True):
     """One turn of progressive training: exploration is uniform in [low, high] around the anchor policy's action."""
 

@@ -15,10 +15,10 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError, StreamError
+from esrl_ray.errors import BrokerError, StreamError, WireError
 from streaming.broker import DEAD_LETTER_SUFFIX
 from streaming.client import abandon, connect, reachable
-from streaming.source import Record
+from streaming.source import ATTEMPTS, Record
 from streaming.wire import MAX_EVENT_BYTES
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class DeadLetters:
         """Count records that were fine; the share of refused ones is taken over the last 1,000 records."""
         self._window.extend([False] * min(num_records, WINDOW))
 
-    def send(self, record: Record, reason: str) -> None:
+    def send(self, record: Record, error: WireError) -> None:
         """Take one refused record; it is in Kafka after `flush`.
 
         Raises:
@@ -59,11 +59,15 @@ class DeadLetters:
         """
         where = f"{record.topic}/{record.partition}/{record.offset}"
         headers = [
-            ("error", reason.encode()[:MAX_REASON_BYTES]),
+            ("error", str(error).encode()[:MAX_REASON_BYTES]),
+            ("code", error.code.encode()),
             ("topic", record.topic.encode()),
             ("partition", str(record.partition).encode()),
             ("offset", str(record.offset).encode()),
+            ("timestamp", str(record.timestamp_ms).encode()),
             ("content-type", record.content_type),
+            *([] if record.key is None else [("key", record.key)]),
+            *([(ATTEMPTS, str(record.attempts).encode())] if record.attempts else []),
         ]
         self._waiting.append({"topic": record.topic + DEAD_LETTER_SUFFIX, "key": where.encode(), "value": record.value, "headers": headers})
         self._window.append(True)
@@ -71,7 +75,7 @@ class DeadLetters:
         if refused > max(MIN_REFUSED, self._config.max_dead_letter_share * WINDOW):
             raise StreamError(
                 f"{refused} of the last {len(self._window)} records were refused, more than kafka.max_dead_letter_share "
-                f"{self._config.max_dead_letter_share} of {WINDOW}; the last one: {reason}",
+                f"{self._config.max_dead_letter_share} of {WINDOW}; the last one: {error}",
                 f"{record.topic}[{record.partition}]@{record.offset}",
                 "find out who writes them (wrong topic, schema_version or spec?); nothing was committed past them",
             )

@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 ENDS_INTERVAL_S, ENDS_VALID_S, ENDS_TIMEOUT_MS = 0.5, 2.0, 1_000
 METADATA_MAX_AGE_MS = 30_000
 MAX_BACKOFF_S = 2.0
+ATTEMPTS = "attempts"
 
 
 class _NotThereError(Exception):
@@ -46,6 +47,7 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     content_type: bytes  # of the header; JSON when there is none
+    attempts: int = 0  # of the header: how often a dead letter with this value was sent again
 
 
 class Source:
@@ -268,8 +270,10 @@ def _name(tp: Any) -> str:
 
 
 def _record(tp: Any, raw: Any) -> Record:
-    content_type = JSON
+    content_type, attempts = JSON, 0
     for name, value in raw.headers:
         if name == "content-type" and value is not None:
             content_type = value
-    return Record(tp.topic, tp.partition, raw.offset, raw.timestamp, raw.key, raw.value, content_type)
+        elif name == ATTEMPTS and value is not None and value.isdigit():
+            attempts = int(value)
+    return Record(tp.topic, tp.partition, raw.offset, raw.timestamp, raw.key, raw.value, content_type, attempts)

@@ -16,7 +16,7 @@ import numpy as np
 
 from esrl_ray.errors import WireError
 from esrl_ray.spec import Spec
-from esrl_ray.vocabulary import Floats, Ints
+from esrl_ray.vocabulary import Floats, Ints, Refusal
 
 SCHEMA_VERSION = 1
 MSGPACK, JSON = b"application/msgpack", b"application/json"
@@ -31,6 +31,12 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Version = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 EpochMs = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Position = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+
+
+class _Versioned(msgspec.Struct):
+    """Any event of any version."""
+
+    schema_version: int
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +98,7 @@ _decoders: dict[tuple[bytes, type], Any] = {
     (MSGPACK, Feedback): msgspec.msgpack.Decoder(Feedback),
     (JSON, Feedback): msgspec.json.Decoder(Feedback),
 }
+_version_decoders: dict[bytes, Any] = {MSGPACK: msgspec.msgpack.Decoder(_Versioned), JSON: msgspec.json.Decoder(_Versioned)}
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -105,36 +112,49 @@ def _array(value: Array, shape: tuple[int, ...], dtype: type[np.float32] | type[
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
             array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")) if isinstance(value, bytes) else np.asarray(value, dtype)
     except (ValueError, OverflowError) as error:
-        raise WireError(f"{name}: {error}, expected {dtype.__name__} of shape {shape}") from error
+        raise WireError(f"{name}: {error}, expected {dtype.__name__} of shape {shape}", Refusal.WRONG_WIDTH) from error
     if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
-        raise WireError(f"{name} has {array.size} values in shape {array.shape}, expected {shape}")
+        raise WireError(f"{name} has {array.size} values in shape {array.shape}, expected {shape}", Refusal.WRONG_WIDTH)
     array = array.reshape(shape).astype(dtype, copy=False)
     if not np.isfinite(array).all():
-        raise WireError(f"{name} holds a value that is not finite")
+        raise WireError(f"{name} holds a value that is not finite", Refusal.NOT_FINITE)
     return array
 
 
 def _ids(**ids: str | None) -> None:
     for name, value in ids.items():
         if value is not None and not 0 < len(value.encode()) <= MAX_ID_BYTES:
-            raise WireError(f"{name} has {len(value.encode())} bytes, expected 1 to {MAX_ID_BYTES}")
+            raise WireError(f"{name} has {len(value.encode())} bytes, expected 1 to {MAX_ID_BYTES}", Refusal.WRONG_ID)
 
 
 def _decode(payload: bytes | None, content_type: bytes, kind: type[Decision] | type[Feedback]) -> Event:
     if not payload:
-        raise WireError("the record has no value")
+        raise WireError("the record has no value", Refusal.NO_VALUE)
     if len(payload) > MAX_EVENT_BYTES:
-        raise WireError(f"the record has {len(payload)} bytes, at most {MAX_EVENT_BYTES} are read")
+        raise WireError(f"the record has {len(payload)} bytes, at most {MAX_EVENT_BYTES} are read", Refusal.TOO_LARGE)
     decoder = _decoders.get((content_type, kind))
     if decoder is None:
-        raise WireError(f"content-type {content_type!r} is unknown, expected {MSGPACK!r} or {JSON!r}")
+        raise WireError(f"content-type {content_type!r} is unknown, expected {MSGPACK!r} or {JSON!r}", Refusal.UNKNOWN_CONTENT_TYPE)
     try:
         event: Event = decoder.decode(payload)
+    except msgspec.ValidationError as error:
+        _check_version(payload, content_type)  # another version's fields say nothing
+        code = Refusal.MISSING_FIELD if "missing required field" in str(error) else Refusal.WRONG_FIELD
+        raise WireError(f"not a {kind.__name__}: {error}", code) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"not a {kind.__name__}: {error}") from error
+        raise WireError(f"not a {kind.__name__}: {error}", Refusal.MALFORMED) from error
     if event.schema_version != SCHEMA_VERSION:
-        raise WireError(f"schema_version {event.schema_version} is not supported, expected {SCHEMA_VERSION}")
+        _check_version(payload, content_type)
     return event
+
+
+def _check_version(payload: bytes, content_type: bytes) -> None:
+    try:
+        version = _version_decoders[content_type].decode(payload).schema_version
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return  # the event's own decoder says more
+    if version != SCHEMA_VERSION:
+        raise WireError(f"schema_version {version} is not supported, expected {SCHEMA_VERSION}", Refusal.UNKNOWN_SCHEMA_VERSION)
 
 
 def decode_feedback(payload: bytes | None, content_type: bytes = JSON) -> Feedback:
@@ -153,9 +173,9 @@ def decode_feedback(payload: bytes | None, content_type: bytes = JSON) -> Feedba
         behaviour=event.behaviour,
     )
     if not math.isfinite(event.value):
-        raise WireError(f"value {event.value} is not finite")
+        raise WireError(f"value {event.value} is not finite", Refusal.NOT_FINITE)
     if event.item_id is None and event.behaviour not in (SHOWN, LEAVE):
-        raise WireError(f"behaviour {event.behaviour!r} needs an item_id")
+        raise WireError(f"behaviour {event.behaviour!r} needs an item_id", Refusal.MISSING_FIELD)
     return event
 
 
@@ -170,11 +190,12 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
     _ids(decision_id=event.decision_id, request_id=event.request_id, session_id=event.session_id, user_id=event.user_id)
     _ids(**{f"item_ids[{i}]": item for i, item in enumerate(event.item_ids)})
     if event.spec_digest != spec.digest:
-        raise WireError(f"spec_digest {event.spec_digest} differs from this deployment's {spec.digest}")
+        raise WireError(f"spec_digest {event.spec_digest} differs from this deployment's {spec.digest}", Refusal.OTHER_SPEC)
     g, k, a = len(event.item_ids), spec.num_scores, spec.num_actions
     if not 0 < g <= MAX_PAIRS or len(event.positions) != g or len(set(event.item_ids)) != g:
         raise WireError(
-            f"{g} item_ids ({len(set(event.item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each"
+            f"{g} item_ids ({len(set(event.item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each",
+            Refusal.WRONG_WIDTH,
         )
     decoded = DecodedDecision(
         event=event,
@@ -189,6 +210,7 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
         codes = decoded.categorical[:, c]
         if codes.min() < 0 or codes.max() >= feature.cardinality:
             raise WireError(
-                f"categorical {feature.name} holds {int(codes.min())}..{int(codes.max())}, expected 0..{feature.cardinality - 1}"
+                f"categorical {feature.name} holds {int(codes.min())}..{int(codes.max())}, expected 0..{feature.cardinality - 1}",
+                Refusal.UNKNOWN_CATEGORY,
             )
     return decoded

@@ -22,7 +22,7 @@ from kafka.partitioner.default import murmur2
 
 from esrl_ray.config import Config
 from esrl_ray.errors import StreamError, WireError
-from esrl_ray.vocabulary import Bucket, StepRow
+from esrl_ray.vocabulary import Bucket, Refusal, StepRow
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
 from streaming.sessions import SessionJoiner
 from streaming.source import Record
@@ -84,7 +84,7 @@ class RefusedRecords(Protocol):
     def passed(self, num_records: int) -> None:
         """Count records that were fine."""
 
-    def send(self, record: Record, reason: str) -> None:
+    def send(self, record: Record, error: WireError) -> None:
         """Take one refused record."""
 
     def flush(self) -> None:
@@ -149,6 +149,7 @@ class IngestWorker:
         self._lacking = {p: set(joiner.lacking.values()) for p, joiner in self._joiners.items() if joiner.lacking}
         self._source.read_again({f"{config.kafka.decisions_topic}/{p}": min(offsets) for p, offsets in self._lacking.items()})
         self._last_ledger = self._ledger()
+        self._refusals: dict[Topic, Counter[Refusal]] = {DECISIONS: Counter(), FEEDBACK: Counter()}
         self._commit_s = 0.0
         self._due_ms = clock_ms() + self._interval_ms
         self._error: str | None = None
@@ -163,7 +164,8 @@ class IngestWorker:
 
         Returns:
             ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`), watermarks_ms (by
-            partition), open_sessions, steps_closed (since the first ever), commit, committed_ms, commit_s (time of the last commit), error.
+            partition), open_sessions, steps_closed (since the first ever), refusals ({topic: {code: records}}, by this process), commit,
+            committed_ms, commit_s (time of the last commit), error.
         """
         return self._status
 
@@ -269,9 +271,10 @@ class IngestWorker:
                 event = self._decode(record, now_ms)
             except WireError as error:
                 self._dead_letters.passed(num_passed)
-                self._dead_letters.send(record, str(error))
+                self._dead_letters.send(record, error)
                 topic = DECISIONS if record.topic == self._names[DECISIONS] else FEEDBACK
                 self._joiners[record.partition].settle(topic, Bucket.DEAD_LETTER)
+                self._refusals[topic][error.code] += 1
                 num_passed = 0
                 continue
             num_passed += 1
@@ -297,13 +300,19 @@ class IngestWorker:
             event = decode_feedback(record.value, record.content_type)
             session_id, event_time_ms = event.session_id, event.event_time_ms
             if event.behaviour not in self._behaviours:
-                raise WireError(f"behaviour {event.behaviour!r} is not declared in reward.behaviours")
+                raise WireError(f"behaviour {event.behaviour!r} is not declared in reward.behaviours", Refusal.UNDECLARED_BEHAVIOUR)
         if (ahead_ms := event_time_ms - now_ms) > self._max_ahead_ms:
-            raise WireError(f"event_time_ms {event_time_ms} is {ahead_ms} ms ahead of the clock, at most {self._max_ahead_ms} is believed")
+            raise WireError(
+                f"event_time_ms {event_time_ms} is {ahead_ms} ms ahead of the clock, at most {self._max_ahead_ms} is believed",
+                Refusal.FAR_FUTURE,
+            )
         if record.key is None or record.key != session_id.encode():
-            raise WireError(f"key {record.key!r} is not the session_id {session_id!r}")
+            raise WireError(f"key {record.key!r} is not the session_id {session_id!r}", Refusal.KEY_MISMATCH)
         if (expected := partition_of(record.key, self._config.kafka.num_partitions)) != record.partition:
-            raise WireError(f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}")
+            raise WireError(
+                f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}",
+                Refusal.WRONG_PARTITION,
+            )
         return event
 
     def _advance(self) -> list[StepRow]:
@@ -360,6 +369,7 @@ class IngestWorker:
             "watermarks_ms": {p: joiner.watermark_ms for p, joiner in self._joiners.items()},
             "open_sessions": sum(joiner.num_open_sessions for joiner in self._joiners.values()),
             "steps_closed": sum(joiner.num_closed for joiner in self._joiners.values()),
+            "refusals": {topic: {code.value: n for code, n in refused.items()} for topic, refused in self._refusals.items()},
             "commit": self._commit,
             "committed_ms": self._committed_ms,
             "commit_s": self._commit_s,

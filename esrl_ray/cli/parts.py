@@ -147,10 +147,10 @@ class IngestMeter:
         self._worker, self._telemetry = worker, Telemetry()
         self._counted: dict[tuple[str, ...], int] = {}
 
-    def _count(self, name: str, total: int, **tags: str) -> None:
-        """Add what is new since the last time; totals survive restarts, this process counts from where it found them."""
+    def _count(self, name: str, total: int, *, known: int | None = None, **tags: str) -> None:
+        """Add what is new since the last time, the first time since `known`; None for totals that survive restarts."""
         key = (name, *tags.values())
-        self._telemetry.count(name, total - self._counted.get(key, total), **tags)
+        self._telemetry.count(name, total - self._counted.get(key, total if known is None else known), **tags)
         self._counted[key] = total
 
     def read(self, status: Mapping[str, Any], *, now_ms: int) -> None:
@@ -159,6 +159,9 @@ class IngestMeter:
             for bucket, total in buckets.items():
                 if bucket != Bucket.IN_OPEN_SESSION:  # they are not settled yet
                     self._count("esrl_event_settled_total", total, topic=topic, bucket=bucket)
+        for topic, refused in status["refusals"].items():
+            for code, total in refused.items():
+                self._count("esrl_event_refused_total", total, known=0, topic=topic, code=code)
         self._count("esrl_step_closed_total", status["steps_closed"], worker=self._worker)
         self._count("esrl_log_commits_total", status["commit"], worker=self._worker)
         if status["commit_s"] is not None:

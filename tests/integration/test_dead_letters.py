@@ -6,7 +6,8 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError
+from esrl_ray.errors import BrokerError, WireError
+from esrl_ray.vocabulary import Refusal
 from streaming import wire
 from streaming.broker import DEAD_LETTER_SUFFIX
 from streaming.client import connect
@@ -18,8 +19,8 @@ def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -
     letters = DeadLetters(kafka_config)
     refused = Record(kafka_config.feedback_topic, 3, 42, 1, b"key", b"\xffnot an event", wire.JSON)
     empty = refused._replace(offset=43, value=None)
-    letters.send(refused, "not a Feedback: ä")
-    letters.send(empty, "the record has no value")
+    letters.send(refused, WireError("not a Feedback: ä", Refusal.MALFORMED))
+    letters.send(empty, WireError("the record has no value", Refusal.NO_VALUE))
     letters.flush()
     letters.close()
     assert letters.sent == 2
@@ -32,6 +33,9 @@ def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -
     ]
     assert dict(found[0].headers) == {
         "error": "not a Feedback: ä".encode(),
+        "code": b"malformed",
+        "timestamp": b"1",
+        "key": b"key",
         "topic": kafka_config.feedback_topic.encode(),
         "partition": b"3",
         "offset": b"42",
@@ -41,6 +45,6 @@ def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -
 
 def test_dead_letters_that_cannot_be_delivered_stop_the_commit(kafka_config: KafkaConfig) -> None:
     letters = DeadLetters(kafka_config.model_copy(update={"bootstrap_servers": "127.0.0.1:9"}), flush_timeout_s=0.0)
-    letters.send(Record(kafka_config.feedback_topic, 0, 0, 1, None, b"?", wire.JSON), "bad")
+    letters.send(Record(kafka_config.feedback_topic, 0, 0, 1, None, b"?", wire.JSON), WireError("bad", Refusal.MALFORMED))
     with pytest.raises(BrokerError, match="1 dead letters were not acknowledged"):
         letters.flush()

@@ -11,13 +11,15 @@ import pytest
 from pydantic import SecretStr
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError, StreamError
+from esrl_ray.errors import BrokerError, StreamError, WireError
+from esrl_ray.vocabulary import Refusal
 from streaming import client
 from streaming.broker import _pick_ports
 from streaming.deadletter import DeadLetters
 from streaming.source import Record, Source
 from streaming.wire import JSON
 
+BAD = WireError("bad", Refusal.MALFORMED)
 NOWHERE = KafkaConfig(bootstrap_servers="127.0.0.1:9")
 
 
@@ -66,15 +68,15 @@ def test_a_fifth_of_a_thousand_refused_records_is_allowed_and_one_more_is_not() 
     letters = DeadLetters(NOWHERE)
     letters.passed(5_000)
     for offset in range(200):
-        letters.send(_record(offset), "bad")
+        letters.send(_record(offset), BAD)
     with pytest.raises(StreamError, match=r"201 of the last 1000 .*max_dead_letter_share 0\.2.*the last one: bad.*feedback\[2\]@200"):
-        letters.send(_record(200), "bad")
+        letters.send(_record(200), BAD)
 
 
 def test_good_records_push_refused_ones_out_of_the_window() -> None:
     letters = DeadLetters(NOWHERE)
     for offset in range(1_000):
-        letters.send(_record(offset), "bad")
+        letters.send(_record(offset), BAD)
         letters.passed(5)
 
 

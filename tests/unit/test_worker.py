@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from esrl_ray.config import Config, IngestConfig, JoinConfig, KafkaConfig, SpecConfig
-from esrl_ray.errors import Fenced, StreamError
+from esrl_ray.errors import Fenced, StreamError, WireError
 from streaming.source import Record
 from streaming.steplog import WorkerState, step_schema
 from streaming.steptable import merge_steps
@@ -86,8 +86,8 @@ class World:
     def passed(self, num_records: int) -> None:
         self.num_passed += num_records
 
-    def send(self, record: Record, reason: str) -> None:
-        self.refused[record.topic, record.partition, record.offset] = reason
+    def send(self, record: Record, error: WireError) -> None:
+        self.refused[record.topic, record.partition, record.offset] = str(error)
 
     def flush(self) -> None:
         self.dead |= self.refused
@@ -260,6 +260,11 @@ def test_what_is_no_valid_event_becomes_a_dead_letter_with_its_reason() -> None:
         assert any(t == topic and part in reason for t, reason in got), part
     ledger = worker.status()["ledger"]
     assert ledger["decisions"]["dead_letter"] == 2 and ledger["feedback"]["dead_letter"] == 5
+    refusals = worker.status()["refusals"]
+    assert refusals["decisions"] == {"malformed": 1, "far-future": 1}
+    assert refusals["feedback"] == dict.fromkeys(
+        ["malformed", "unknown-content-type", "undeclared-behaviour", "wrong-partition", "key-mismatch"], 1
+    )
     assert ledger["feedback"]["unmatched"] == 1 and world.num_passed == 1
     assert sum(ledger["feedback"].values()) == sum(end for where, end in world.ends.items() if where.startswith("feedback"))
 
