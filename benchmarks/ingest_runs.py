@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +74,7 @@ class Stages:
     """CPU time by stage; a stage inside another counts for itself only."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside = [0.0]  # seconds of the stages inside, one number per open stage
 
     def around(self, owner: Any, attribute: str, stage: str) -> None:
