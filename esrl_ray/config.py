@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 
 from esrl_ray.errors import ConfigError
+from esrl_ray.reward import RewardConfig
+from esrl_ray.section import Section
 from esrl_ray.spec import CategoricalFeature, Spec
 
 Positive = Annotated[int, Field(gt=0)]
@@ -21,12 +23,6 @@ Seconds = Annotated[float, Field(ge=0.0)]
 def _off(value: Any) -> Any:
     """YAML reads an unquoted `off` as false."""
     return "off" if value is False else value
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -87,63 +83,6 @@ class SpecConfig(Section):
             bias_base=self.bias_base,
             bias_span=self.bias_span,
         )
-
-
-class BehaviourConfig(Section):
-    """How repeats of one behaviour on one item of one list combine, and the largest value believed."""
-
-    name: str = Field(description="Name, as in feedback events.")
-    combine: Literal["sum", "max", "last"] = Field("max", description="How repeats combine; `last` is by event time.")
-    cap: float = Field(1.0, gt=0, description="Values beyond +- this are cut to it.")
-
-
-class RewardTerm(Section):
-    """One summand: weight * min(v, cap), or weight * [v > above]."""
-
-    behaviour: str = Field(description="Name of a declared behaviour.")
-    weight: float = Field(description="Behaviour weight w_i of Eq. (2).")
-    cap: float | None = Field(None, gt=0, description="Count the value v up to here only.")
-    above: float | None = Field(None, description="Count 1 when the value is above this, instead of the value.")
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        if self.cap is not None and self.above is not None:
-            raise ValueError(f"reward term of {self.behaviour!r} has both cap and above; use two terms")
-        return self
-
-
-class RewardGroup(Section):
-    """One reward group with its own critics."""
-
-    name: str = Field(description="Name in reports.")
-    terms: tuple[RewardTerm, ...] = Field(min_length=1, description="Summands.")
-
-
-class RewardConfig(Section):
-    """Eq. (2): r = sum_i w_i v_i per pair, split in q groups."""
-
-    behaviours: tuple[BehaviourConfig, ...] = Field((BehaviourConfig(name="click"),), min_length=1, description="Declared behaviours.")
-    groups: tuple[RewardGroup, ...] = Field(
-        (RewardGroup(name="all", terms=(RewardTerm(behaviour="click", weight=1.0),)),), min_length=1, description="Reward groups (q)."
-    )
-    scale: float = Field(1.0, gt=0, description="All rewards are divided by this, so that a list's reward is about 1.")
-
-    @model_validator(mode="after")
-    def _declared(self) -> Self:
-        names = [b.name for b in self.behaviours]
-        if reserved := {"shown", "leave"} & set(names):
-            raise ValueError(f"behaviours {sorted(reserved)} are built in and must not be declared")
-        for group in self.groups:
-            for term in group.terms:
-                if term.behaviour not in names:
-                    near = difflib.get_close_matches(term.behaviour, names, 1)
-                    raise ValueError(f"reward group {group.name!r} uses undeclared behaviour {term.behaviour!r}; nearest: {near or names}")
-        return self
-
-    @property
-    def num_groups(self) -> int:
-        """q."""
-        return len(self.groups)
 
 
 class KafkaConfig(Section):

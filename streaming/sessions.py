@@ -229,7 +229,8 @@ class SessionJoiner:
             for cell, value in step.values.items():
                 values[offset + cell // b, cell % b] = value
         behaviours: Floats = np.clip(values, -self._caps, self._caps).astype(np.float32)
-        rewards = rewards_of(behaviours, self._reward)
+        shown = np.concatenate([np.asarray(step.shown, np.bool_) for step in steps])
+        rewards = rewards_of(behaviours, self._reward) * shown[:, None]
         rows = []
         for step, start, end in zip(steps, offsets, offsets[1:], strict=False):
             step.revision += 1

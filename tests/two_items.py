@@ -27,7 +27,7 @@ def two_items() -> Config:
         {
             "spec": {"item_features": ["kind"], "scores": ["click"], "power_base": [0.0], "bias_span": 0.0},
             "serve": {"list_size": 1, "num_unshown": 1},
-            "reward": {"behaviours": [{"name": "click"}], "groups": [{"name": "all", "terms": [{"behaviour": "click", "weight": 1.0}]}]},
+            "reward": {"behaviours": [{"name": "click"}], "groups": [{"name": "all", "expression": "click"}]},
             "exploration": {"low": -0.15, "high": 0.15},
         }
     )

@@ -30,7 +30,7 @@ from esrl_ray.policy.policy import Policy
 )
 @click.option("--config", "path", help="YAML of the deployment; without it the defaults.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
-@click.option("--label", help="Label of MTF-GAUC, e.g. 'watch_s>10'; default: the first reward term with a threshold.")
+@click.option("--label", help="Label of MTF-GAUC, e.g. 'watch_s>10'; default: the reward's first threshold, behaviour > number.")
 @click.option("--context", help="Categorical feature for MTF-GAUC by user x context.")
 @click.option("--plus-one/--reward-only", default=True, show_default=True, help="Weight of an exposure in MTF-GAUC: reward + 1, or reward.")
 @click.option("--gamma", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Discount; 1 = reward per session.")

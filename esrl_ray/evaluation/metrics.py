@@ -15,6 +15,7 @@ import numpy.typing as npt
 from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError
 from esrl_ray.evaluation.report import Gauc, finite
+from esrl_ray.expression import first_threshold
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Floats, Ints
@@ -99,17 +100,17 @@ def label_of(config: Config, text: str | None) -> tuple[int, float]:
     """Behaviour (its column) and threshold of the label `behaviour > threshold`.
 
     Args:
-        config: Behaviours and reward terms.
-        text: `watch_s>10`; None takes the first reward term with a threshold (the paper's is watched > 10 s), else the first behaviour > 0.
+        config: Behaviours and reward.
+        text: `watch_s>10`; None takes the first threshold of the reward (the paper's is watched > 10 s), else the first behaviour > 0.
 
     Raises:
         ConfigError: not of this form, or an undeclared behaviour.
     """
     names = [b.name for b in config.reward.behaviours]
     if text is None:
-        terms = [(t.behaviour, t.above) for group in config.reward.groups for t in group.terms if t.above is not None]
-        name, above = terms[0] if terms else (names[0], 0.0)
-        return names.index(name), float(above)
+        found = (first_threshold(config.reward.parsed(g)) for g in range(config.reward.num_groups))
+        name, above = next((threshold for threshold in found if threshold is not None), (names[0], 0.0))
+        return names.index(name), above
     name, sign, number = text.partition(">")
     try:
         return names.index(name.strip()), float(number if sign else "0")

@@ -1,8 +1,8 @@
 """The user-satisfaction reward of BatchRL-MTF (arXiv 2208.04560): `r(s, a) = sum_i w_i v_i` over behaviours of stickiness and activeness.
 
 Published: the linear form; play time and play integrity for stickiness, interactions for activeness; that w_i come from a statistical
-analysis of how behaviours go with later dwell time. Not published: w_i and the analysis. Ours: v_i are the terms of the deployment's
-reward without their weights, summed over the list; w_i are the coefficients of a ridge regression of the dwell time that the session
+analysis of how behaviours go with later dwell time. Not published: w_i and the analysis. Ours: v_i are the summands of the deployment's
+reward without their coefficients, summed over the list; w_i are the coefficients of a ridge regression of the dwell time that the session
 still had, after the list, on them; the result is scaled to the standard deviation of the deployment's list reward.
 """
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from esrl_ray.config import Config, RewardConfig, RewardGroup
+from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
+from esrl_ray.expression import evaluate, summands, used
 from esrl_ray.replay.steps import LEFT, Steps
-from esrl_ray.reward import rewards_of
+from esrl_ray.reward import RewardConfig
 from esrl_ray.vocabulary import Floats
 
 Doubles = npt.NDArray[np.float64]
@@ -23,12 +24,11 @@ RIDGE = 1.0
 
 
 def behaviour_terms(steps: Steps, config: RewardConfig) -> Floats:
-    """v_i: the reward's terms with weight 1, summed over the shown pairs, (n, number of terms)."""
-    terms = [term.model_copy(update={"weight": 1.0}) for group in config.groups for term in group.terms]
-    groups = tuple(RewardGroup(name=str(i), terms=(term,)) for i, term in enumerate(terms))
-    single = config.model_copy(update={"groups": groups, "scale": 1.0})
-    total: Floats = (rewards_of(steps.columns["behaviours"], single) * steps.columns["shown"][..., None]).sum(1)
-    return total
+    """v_i: the summands of the reward without their coefficients, summed over the shown pairs, (n, number of summands)."""
+    behaviours = steps.columns["behaviours"]
+    columns = {name: behaviours[..., i] for i, name in enumerate(config.names)}
+    parts = [part for g in range(config.num_groups) for _, part in summands(config.parsed(g)) if used(part)]
+    return np.stack([(evaluate(part, columns) * steps.columns["shown"]).sum(1) for part in parts], axis=-1)
 
 
 def later_dwell(steps: Steps, config: RewardConfig, behaviour: str) -> tuple[Doubles, npt.NDArray[np.bool_]]:
@@ -44,7 +44,7 @@ def later_dwell(steps: Steps, config: RewardConfig, behaviour: str) -> tuple[Dou
 
 
 def satisfaction_weights(steps: Steps, config: Config, *, dwell: str) -> Floats:
-    """w_i of the satisfaction reward, one for each term of the deployment's reward.
+    """w_i of the satisfaction reward, one for each summand of the deployment's reward.
 
     Args:
         steps: Whole sessions.

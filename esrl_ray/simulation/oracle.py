@@ -8,8 +8,10 @@ they were fitted on, .82 on others; the network .88 on both), and a policy that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ast
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,10 +19,13 @@ from scipy.special import ndtr
 from torch.nn.functional import mse_loss
 
 from esrl_ray.algo.actor import PairNetwork
-from esrl_ray.config import Config, RewardConfig
+from esrl_ray.config import Config
+from esrl_ray.errors import ConfigError
 from esrl_ray.evaluation.frozen import Scorer, play, scores_of
+from esrl_ray.expression import evaluate, summands, used
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
+from esrl_ray.reward import RewardConfig
 from esrl_ray.simulation.draws import Doubles
 from esrl_ray.simulation.users import BEHAVIOURS, SKIM_S, WATCH_CAP_S, WATCH_SD, Page, Sessions, Truth, World
 from esrl_ray.vocabulary import Floats
@@ -44,27 +49,44 @@ def expected_reward(truth: Truth, config: RewardConfig) -> Doubles:
 
     Args:
         truth: Of (n, K) pairs.
-        config: Terms, groups and scale.
+        config: Expressions and scale.
 
     Returns:
         (n, K).
+
+    Raises:
+        ConfigError: a part of the reward that has no expectation in closed form here.
     """
     chances = {name: getattr(truth, name) for name in BEHAVIOURS if name != "watch_s"}
     total = np.zeros_like(truth.click)
-    for term in (term for group in config.groups for term in group.terms):
-        if term.behaviour != "watch_s":
-            yes, no = _counted(1.0, term.cap, term.above), _counted(0.0, term.cap, term.above)
-            value = no + (yes - no) * chances[term.behaviour]
-        else:
-            clicked = _watch(truth.log_watch, term.cap, term.above)
-            skimmed = _watch(np.log(np.full((), SKIM_S)), term.cap, term.above)
-            value = skimmed + (clicked - skimmed) * truth.click
-        total += term.weight * value
+    for g, group in enumerate(config.groups):
+        if group.default is not None:
+            raise ConfigError("the oracle knows no default reward", f"reward.groups.{g}.default", "leave it out")
+        for coefficient, part in summands(config.parsed(g)):
+            total += coefficient * _expected(part, truth, chances, f"reward.groups.{g}.expression")
     return total / config.scale
 
 
-def _counted(v: float, cap: float | None, above: float | None) -> float:
-    return float(v > above) if above is not None else min(v, cap or v)
+def _expected(part: ast.expr, truth: Truth, chances: Mapping[str, Doubles], where: str) -> Doubles:
+    """Expectation of one summand without its coefficient."""
+    match part:
+        case ast.Constant():
+            return np.ones_like(truth.click)
+        case ast.Name(id="watch_s"):
+            watch = partial(_watch, cap=None, above=None)
+        case ast.Call(func=ast.Name(id="min"), args=[ast.Name(id="watch_s"), cap]) if not used(cap):
+            watch = partial(_watch, cap=float(evaluate(cap, {})), above=None)
+        case ast.Compare(left=ast.Name(id="watch_s"), ops=[ast.Gt()], comparators=[above]) if not used(above):
+            watch = partial(_watch, cap=None, above=float(evaluate(above, {})))
+        case _ if len(names := used(part)) == 1 and (name := names.pop()) in chances:  # it happens or not
+            no, yes = evaluate(part, {name: np.array([0.0, 1.0], np.float32)}).tolist()
+            value: Doubles = no + (yes - no) * chances[name]
+            return value
+        case _:
+            fix = "write a sum of parts of one behaviour each, of watch_s as it is, min(watch_s, number) or watch_s > number"
+            raise ConfigError(f"the oracle cannot tell what {ast.unparse(part)!r} is worth on average", where, fix)
+    clicked, skimmed = watch(truth.log_watch), watch(np.log(np.full((), SKIM_S)))
+    return skimmed + (clicked - skimmed) * truth.click
 
 
 def _watch(mu: Doubles, cap: float | None, above: float | None) -> Doubles:

@@ -9,10 +9,13 @@ import torch
 from esrl_ray.algo import bcq
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
+from esrl_ray.expression import summands
 from esrl_ray.methods.batchrl import BatchRL, BatchRLSettings
 from esrl_ray.methods.satisfaction import behaviour_terms, later_dwell, satisfaction_weights
 from esrl_ray.policy.policy import PolicyKind
-from esrl_ray.replay.steps import LEFT, UNKNOWN
+from esrl_ray.replay.steps import LEFT, UNKNOWN, Steps
+from esrl_ray.reward import RewardConfig, RewardGroup, rewards_of
+from esrl_ray.vocabulary import Floats
 from tests.unit.test_td3 import batch_of, make_steps, same, small, snapshot
 
 QUICK = BatchRLSettings(distil_steps=30)
@@ -150,16 +153,22 @@ def test_a_seed_fixes_the_policy(config: Config) -> None:
     assert first == again != other
 
 
-def test_terms_are_the_rewards_terms_without_weights(config: Config) -> None:
+def list_rewards(steps: Steps, reward: RewardConfig) -> Floats:
+    """(n,) rewards of shown pairs by the configured expressions, groups summed."""
+    total: Floats = (rewards_of(steps.columns["behaviours"], reward) * steps.columns["shown"][..., None]).sum((1, 2))
+    return total
+
+
+def test_terms_are_the_rewards_summands_without_coefficients(config: Config) -> None:
     steps = make_steps(config)
     terms, c = behaviour_terms(steps, config.reward), steps.columns
-    weights = np.array([t.weight for g in config.reward.groups for t in g.terms])
+    weights = np.array([w for g in range(2) for w, _ in summands(config.reward.parsed(g))])
     assert terms.shape == (40, 6)
     for t in range(40):
         watch = [c["behaviours"][t, j, WATCH] for j in range(c["shown"].shape[1]) if c["shown"][t, j] > 0]
         assert terms[t, 0] == pytest.approx(sum(min(w, 120) for w in watch), rel=1e-5)
         assert terms[t, 1] == sum(w > 10 for w in watch)
-    assert (terms @ weights).shape == (40,)
+    np.testing.assert_allclose(terms @ weights / config.reward.scale, list_rewards(steps, config.reward), rtol=1e-4, atol=1e-4)
 
 
 def test_later_dwell_is_what_the_session_still_had(config: Config) -> None:
@@ -184,6 +193,16 @@ def test_satisfaction_weights_find_what_dwell_time_goes_with(config: Config) -> 
     contribution = np.abs(weights) * values.std(0)
     assert weights[2] > 0 and contribution[2] > 0.5 * contribution.sum()
     assert float((values @ weights).std()) == pytest.approx(float(steps.list_rewards.sum(1).std()), rel=1e-3)
+
+
+def test_the_satisfaction_reward_can_be_written_as_an_expression(config: Config) -> None:
+    # BatchRL-MTF's reward is linear in what users did; here of the demo's six summands, by the weights that the log gave
+    steps = make_steps(config)
+    weights = satisfaction_weights(steps, config, dwell="watch_s")
+    parts = ("min(watch_s, 120)", "(watch_s > 10)", "like", "comment", "forward", "dislike")
+    expression = " + ".join(f"{float(w)!r} * {part}" for w, part in zip(weights, parts, strict=True))
+    written = RewardConfig(behaviours=config.reward.behaviours, groups=(RewardGroup(name="satisfaction", expression=expression),))
+    np.testing.assert_allclose(list_rewards(steps, written), behaviour_terms(steps, config.reward) @ weights, rtol=1e-4, atol=1e-4)
 
 
 def test_the_satisfaction_reward_is_fitted_once_and_learnt_from(config: Config) -> None:

@@ -60,8 +60,8 @@ def test_an_unknown_key_names_its_path_the_file_and_the_nearest_legal_key(tmp_pa
 
 
 def test_an_unknown_key_within_a_list_names_its_place_and_the_nearest_legal_key(tmp_path: Path) -> None:
-    path = written(tmp_path, "reward: {groups: [{name: all, terms: [{behaviour: click, wieght: 1}]}]}")
-    with pytest.raises(ConfigError, match=r"reward\.groups\.0\.terms\.0\.wieght.*nearest legal key: \S*weight"):
+    path = written(tmp_path, "reward: {groups: [{name: all, expresion: click}]}")
+    with pytest.raises(ConfigError, match=r"reward\.groups\.0\.expresion.*nearest legal key: \S*expression"):
         load_config(path)
 
 
@@ -75,13 +75,18 @@ IMPOSSIBLE = {
     "a power for each score": ({"spec": {"scores": ["a", "b", "c"]}}, ["2 values", "3 scores"]),
     "a bias that can be negative": ({"spec": {"bias_base": 0.2, "bias_span": 0.5}}, ["0.2", "0.5", "< 0"]),
     "a feature name twice": ({"spec": {"user_features": ["age"], "item_features": ["age"]}}, ["'age'"]),
-    "a cap and a threshold in one term": (
-        {"reward": {"groups": [{"name": "g", "terms": [{"behaviour": "click", "weight": 1, "cap": 2, "above": 1}]}]}},
-        ["cap", "above", "'click'"],
-    ),
     "an undeclared behaviour": (
-        {"reward": {"groups": [{"name": "g", "terms": [{"behaviour": "clik", "weight": 1}]}]}},
-        ["'clik'", "['click']"],
+        {"reward": {"groups": [{"name": "g", "expression": "click"}, {"name": "h", "expression": "2 * clik"}]}},
+        ["groups.1.expression (h)", "'clik' at column 5", "nearest: click"],
+    ),
+    "a behaviour that no expression can name": (
+        {"reward": {"behaviours": [{"name": "click"}, {"name": "long-view"}]}},
+        ["behaviours.1.name", "'long-view'"],
+    ),
+    "a behaviour declared twice": ({"reward": {"behaviours": [{"name": "click"}, {"name": "click"}]}}, ["['click']", "twice"]),
+    "a reward without bound": (
+        {"reward": {"behaviours": [{"name": "v", "cap": 1e5}], "groups": [{"name": "g", "expression": "v * v"}]}},
+        ["groups.0.expression (g)", "1e+10", "1e+09"],
     ),
     "a built-in behaviour declared": ({"reward": {"behaviours": [{"name": "click"}, {"name": "leave"}]}}, ["'leave'", "built in"]),
     "sessions that end before their steps close": ({"join": {"gap_s": 3.0, "label_age_s": 4.0}}, ["gap_s 3.0", "label_age_s 4.0"]),
@@ -201,6 +206,7 @@ def test_config_show_prints_effective_values_that_load_again_without_secrets(tmp
     assert loaded.learner == load_config(CONFIGS / "demo.yaml", ["learner.gamma=0.95"]).learner
     as_json = CliRunner().invoke(config_group, [*arguments, "--json"], env=SECRETS)
     assert json.loads(as_json.stdout) == shown
+    assert f"reward {loaded.reward.digest}" in result.stdout and "in group watch: -1.846 to 0.9231" in result.stdout
 
 
 def test_a_wrong_configuration_leaves_the_command_as_its_error(tmp_path: Path) -> None:

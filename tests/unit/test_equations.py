@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.config import BehaviourConfig, Config, RewardConfig, RewardGroup, RewardTerm
+from esrl_ray.config import Config
 from esrl_ray.exploration import exploration_noise
 from esrl_ray.fusion import fused_scores, fusion_weights
 from esrl_ray.normaliser import Normaliser
-from esrl_ray.reward import rewards_of
+from esrl_ray.reward import BehaviourConfig, RewardConfig, RewardGroup, rewards_of
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Round
 
@@ -41,20 +41,28 @@ def test_a_score_of_zero_with_a_bias_of_zero_stays_finite() -> None:
     assert bool(fused_scores(torch.zeros(2), action, spec).isfinite())
 
 
+ENHANCEDRL = RewardConfig(
+    behaviours=(BehaviourConfig(name="watch_s", combine="sum", cap=240), BehaviourConfig(name="like")),
+    groups=(
+        RewardGroup(name="watch", expression="0.05 * min(watch_s, 120)"),
+        RewardGroup(name="other", expression="0.5 * (watch_s > 10) + 5 * like"),
+    ),
+    scale=6.5,
+)
+
+
 def test_rewards_by_hand() -> None:
-    # watch 150 s: min(150, 120) .05 = 6 | [150 > 10] .5 + like 5 = 5.5; all over 6.5.
-    config = RewardConfig(
-        behaviours=(BehaviourConfig(name="watch_s", combine="sum", cap=240), BehaviourConfig(name="like")),
-        groups=(
-            RewardGroup(name="watch", terms=(RewardTerm(behaviour="watch_s", weight=0.05, cap=120),)),
-            RewardGroup(
-                name="other", terms=(RewardTerm(behaviour="watch_s", weight=0.5, above=10), RewardTerm(behaviour="like", weight=5))
-            ),
-        ),
-        scale=6.5,
-    )
-    got = rewards_of(np.array([[150.0, 1.0], [10.0, 0.0], [0.0, 0.0]], np.float32), config)
+    # EnhancedRL's reward, in the groups of UnifiedRL. Watch 150 s: min(150, 120) .05 = 6 | [150 > 10] .5 + like 5 = 5.5; all over 6.5.
+    got = rewards_of(np.array([[150.0, 1.0], [10.0, 0.0], [0.0, 0.0]], np.float32), ENHANCEDRL)
     np.testing.assert_allclose(got, [[6 / 6.5, 5.5 / 6.5], [0.5 / 6.5, 0.0], [0.0, 0.0]], rtol=1e-6)
+
+
+def test_a_default_reward_stands_where_nothing_came() -> None:
+    other = ENHANCEDRL.groups[1].model_copy(update={"default": -1.3})
+    config = ENHANCEDRL.model_copy(update={"groups": (ENHANCEDRL.groups[0], other)})
+    got = rewards_of(np.array([[[150.0, 1.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]], np.float32), config)
+    np.testing.assert_allclose(got[..., 1], [[5.5 / 6.5, -0.2], [5 / 6.5, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(got[0, :, 0], [6 / 6.5, 0.0], rtol=1e-6)
 
 
 def test_noise_is_uniform_within_the_bounds_and_recomputable(config: Config) -> None:

@@ -244,7 +244,7 @@ def test_prepare_says_how_long_the_replay_lasts(deployment: Config, folder: Path
     ],
 )
 def test_a_deployment_that_names_what_the_log_does_not_have_is_refused(folder: Path, change: str, key: str) -> None:
-    overrides = [change, *(["reward.groups=[{name: a, terms: [{behaviour: share, weight: 1}]}]"] if "share" in change else [])]
+    overrides = [change, *(["reward.groups=[{name: a, expression: share}]"] if "share" in change else [])]
     with pytest.raises(ConfigError) as caught:
         KuaiRandInput(load_config(CONFIG, overrides), folder, cache=folder / "cache", say=quiet)
     assert key in str(caught.value)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from esrl_ray.config import Config, RewardConfig, RewardGroup, RewardTerm, load_config
+from esrl_ray.config import Config, load_config
+from esrl_ray.errors import ConfigError
 from esrl_ray.evaluation.frozen import evaluate_frozen, play, scores_of
 from esrl_ray.policy.policy import Policy
-from esrl_ray.reward import rewards_of
+from esrl_ray.reward import RewardConfig, RewardGroup, rewards_of
 from esrl_ray.simulation.oracle import TrueOracle, create_oracle, expected_reward, full_oracle, observed_oracle
 from esrl_ray.simulation.users import BEHAVIOURS, Page, Sessions, World
 from esrl_ray.vocabulary import Floats
@@ -49,28 +51,39 @@ def first_places(world: World) -> tuple[Sessions, Page, Floats]:
 
 
 @pytest.mark.parametrize(
-    "terms",
+    "expression",
     [
         None,
-        [RewardTerm(behaviour="watch_s", weight=1.0)],
-        [RewardTerm(behaviour="watch_s", weight=2.0, cap=20.0), RewardTerm(behaviour="click", weight=-3.0, cap=0.5)],
-        [RewardTerm(behaviour="watch_s", weight=1.0, above=30.0), RewardTerm(behaviour="comment", weight=1.0, above=0.0)],
-        [RewardTerm(behaviour="watch_s", weight=1.0, above=-1.0), RewardTerm(behaviour="watch_s", weight=5.0, above=240.0)],
+        "watch_s",
+        "2 * min(watch_s, 20) - 3 * min(click, 0.5)",
+        "(watch_s > 30) + (comment > 0)",
+        "(watch_s > -1) + 5 * (watch_s > 240)",
+        "1 + (log1p(like) + watch_s / 60) * 2",
     ],
-    ids=["the demo's", "plain", "caps", "thresholds", "thresholds that are always or never passed"],
+    ids=["the demo's", "plain", "caps", "thresholds", "thresholds that are always or never passed", "other functions"],
 )
 def test_the_expected_reward_is_the_mean_of_what_users_do(
-    small: Config, world: World, first_places: tuple[Sessions, Page, Floats], terms: list[RewardTerm] | None
+    small: Config, world: World, first_places: tuple[Sessions, Page, Floats], expression: str | None
 ) -> None:
     sessions, page, seen = first_places
-    behaviours = small.reward.behaviours
-    config = small.reward if terms is None else RewardConfig(behaviours=behaviours, groups=(RewardGroup(name="all", terms=tuple(terms)),))
+    groups = small.reward.groups if expression is None else (RewardGroup(name="all", expression=expression),)
+    config = RewardConfig(behaviours=small.reward.behaviours, groups=groups)
     rewards = rewards_of(seen, config).sum(-1).astype(np.float64)  # (6, draws)
     error = rewards.std(1) / np.sqrt(NUM_DRAWS)
     expected = expected_reward(world.truth(sessions, page.items[:, :6]), config)[0]
     assert np.abs(rewards.mean(1) - expected).max() < 4 * error.max() + 1e-9
     if np.ptp(expected) > 1e-9:
         assert np.corrcoef(rewards.mean(1), expected)[0, 1] > 0.98
+
+
+@pytest.mark.parametrize(
+    "group", [{"expression": "watch_s * like"}, {"expression": "click", "default": -1.0}], ids=["a product", "a default"]
+)
+def test_a_reward_without_a_closed_form_is_refused_by_name(small: Config, world: World, group: dict[str, Any]) -> None:
+    sessions = same_user(world, 1)
+    config = RewardConfig(behaviours=small.reward.behaviours, groups=(RewardGroup(name="all", **group),))
+    with pytest.raises(ConfigError, match=r"reward\.groups\.0"):
+        expected_reward(world.truth(sessions, world.candidates(sessions).items), config)
 
 
 def test_rare_behaviours_happen_as_often_as_the_truth_says(world: World, first_places: tuple[Sessions, Page, Floats]) -> None:

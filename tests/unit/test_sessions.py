@@ -8,8 +8,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from esrl_ray.config import BehaviourConfig, Config, JoinConfig, RewardConfig, RewardGroup, RewardTerm, SpecConfig
+from esrl_ray.config import Config, JoinConfig, SpecConfig
 from esrl_ray.errors import LogError
+from esrl_ray.reward import BehaviourConfig, RewardConfig, RewardGroup
 from esrl_ray.vocabulary import Bucket, Ended, StepRow
 from streaming.sessions import SessionJoiner
 from streaming.wire import SCHEMA_VERSION, Decision, DecodedDecision, Feedback, decode_decision, encode
@@ -22,8 +23,8 @@ REWARD = RewardConfig(
         BehaviourConfig(name="rating", combine="last", cap=5.0),
     ),
     groups=(
-        RewardGroup(name="a", terms=(RewardTerm(behaviour="click", weight=1.0), RewardTerm(behaviour="watch", weight=0.5))),
-        RewardGroup(name="b", terms=(RewardTerm(behaviour="rating", weight=2.0),)),
+        RewardGroup(name="a", expression="click + 0.5 * watch"),
+        RewardGroup(name="b", expression="2 * rating"),
     ),
     scale=2.0,
 )

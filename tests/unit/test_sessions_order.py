@@ -266,7 +266,7 @@ def test_every_order_of_arrival_within_the_lateness_gives_the_steps_of_the_oracl
     assert got == expected
     assert ledger_of(joiner) == {key: amount for key, amount in ledger.items() if amount}
     for row in rows:
-        assert np.array_equal(row.rewards, rewards_of(row.behaviours, REWARD))
+        assert np.array_equal(row.rewards, rewards_of(row.behaviours, REWARD) * row.shown[:, None])
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

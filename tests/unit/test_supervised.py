@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from esrl_ray.config import CategoricalConfig, Config, LearnerConfig, ReplayConfig, RewardConfig, SpecConfig
+from esrl_ray.config import CategoricalConfig, Config, LearnerConfig, ReplayConfig, SpecConfig
 from esrl_ray.errors import MethodError
 from esrl_ray.methods.supervised import ListRounds, Supervised, SupervisedWeights, reward_loss
 from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.replay.steps import LEFT, Steps
+from esrl_ray.reward import RewardConfig
 from tests.transitions import make_transitions
 
 CONFIG = Config(
