@@ -11,6 +11,7 @@ import click
 from esrl_ray.errors import EsrlError
 
 COMMANDS = {
+    "chaos": "chaos.command:chaos",
     "config": "config:config_group",
     "demo": "demo:demo",
     "evaluate": "evaluate:evaluate",

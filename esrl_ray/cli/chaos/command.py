@@ -1,0 +1,99 @@
+"""`esrl chaos`: kills the parts of a deployment under load and compares what is left with a run without faults."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+import msgspec
+
+from esrl_ray.cli.chaos.compare import Report
+from esrl_ray.cli.chaos.faults import KINDS, Kind, plan
+from esrl_ray.cli.chaos.load import generate
+from esrl_ray.cli.chaos.processes import ProcessFleet
+from esrl_ray.cli.chaos.run import chaos_config, run_chaos
+from esrl_ray.cli.clock import clock_ms
+from esrl_ray.errors import ConfigError, LoopError
+from streaming.broker import EmbeddedBroker
+
+FAULT_S = 7.0
+"""Seconds of the run per fault."""
+PHASE_EVENTS = 15_000
+"""Events between two barriers, at most: 150 s of event time, so that some of it is forgotten at the next barrier."""
+
+
+def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> list[Kind]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    kinds: list[Kind] = [kind for kind in KINDS if kind in names]
+    if unknown := set(names) - set(KINDS):
+        raise ConfigError(f"unknown part {sorted(unknown)[0]!r}", "--kill", f"expected some of {', '.join(KINDS)}")
+    return kinds
+
+
+@click.command()
+@click.option("--seconds", type=click.FloatRange(min=5.0), default=300.0, show_default=True, help="Length of the load.")
+@click.option("--events", type=click.IntRange(min=1_000), default=100_000, show_default=True, help="Records to send, at least.")
+@click.option("--kill", "kinds", callback=_kinds, default="ingest,replay,broker,zombie", show_default=True, help="What dies.")
+@click.option("--faults", type=click.IntRange(min=0), help="How many faults.  [default: one per 7 s]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of events, victims and moments.")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep everything in this folder, which must be new.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as the last line of stdout.")
+def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None, seed: int, out: Path | None, as_json: bool) -> None:
+    """Kill parts under load, and show that every event has its effect once.
+
+    Sends generated events (20 % out of order, 5 % duplicates, 0.5 % poison of every kind, too late ones, idle partitions, abandoned
+    sessions) through an embedded broker of its own, while ingest workers, replay shards and the broker are killed at random moments and
+    at every named point of the commit sequence, and workers are paused and replaced (zombies). Then compares steps, links, rewards, ledger,
+    dead letters and replay shards with a run without faults on the same records. Exit code 2 when anything differs.
+    """
+    if out is not None and out.exists():
+        raise ConfigError("the folder exists", str(out), "name a new one with --out")
+    folder = (out or Path(tempfile.mkdtemp(prefix="esrl-chaos-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        report = _run(folder, seconds=seconds, events=events, kinds=kinds, faults=faults, seed=seed)
+    finally:
+        if out is None:
+            shutil.rmtree(folder)
+    _tell(report)
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    if report.problems:
+        raise LoopError(f"{len(report.problems)} things are not as without faults: {'; '.join(report.problems)}")
+
+
+def _run(folder: Path, *, seconds: float, events: int, kinds: list[Kind], faults: int | None, seed: int) -> Report:
+    planned = plan(kinds, round(seconds / FAULT_S) if faults is None else faults, seed=seed)
+    with EmbeddedBroker.start(folder / "broker", say=_say) as broker:
+        config = chaos_config(folder, broker.bootstrap_servers, capacity=max(100, events // 25))
+        phases = max(2, -(-events // PHASE_EVENTS))
+        load = generate(config, seed=seed, num_events=events, num_phases=phases, start_ms=clock_ms())
+        _say(f"{sum(map(len, load.phases)) + len(load.before):,} records in {phases} phases, {len(planned)} faults, seed {seed}")
+        fleet = ProcessFleet(config, folder)
+        try:
+            return run_chaos(config, load, planned, broker, fleet, seconds=seconds, seed=seed, say=_say)
+        finally:
+            fleet.end()
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _tell(report: Report) -> None:
+    """The report for people."""
+    _say(f"{report.num_kills} faults: " + ", ".join(f"{name} {n}" for name, n in sorted(report.kills.items())))
+    if report.not_reached:
+        _say(f"not reached: {', '.join(report.not_reached)}")
+    _say("back after at most: " + ", ".join(f"{part} {seconds} s" for part, seconds in report.recovery_s.items()))
+    steps, letters = report.steps, report.dead_letters
+    _say(
+        f"{steps.steps} steps: lost {len(steps.lost)}, added {len(steps.added)}, doubled {len(steps.doubled)}, changed {len(steps.changed)}"
+    )
+    for topic, buckets in report.ledger.items():
+        _say(f"{topic}: " + ", ".join(f"{bucket} {n}" for bucket, n in buckets.items() if n))
+    _say(f"dead letters: sent {letters['sent']}, unique {letters['unique']}, further copies {letters['copies']}")
+    for problem in report.problems:
+        _say(f"PROBLEM  {problem}")

@@ -1,0 +1,256 @@
+"""Ingest workers and replay shards as plain processes, and those who start, ask and kill them.
+
+The same classes as in the Ray actors of a deployment (`esrl_ray/cli/parts.py`), without Ray: such a process is up again within a second
+or two, so that a short run has many deaths.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from esrl_ray.cli.chaos import points
+from esrl_ray.cli.chaos.remote import AUTH, Remote, end_with_parent, serve, start
+from esrl_ray.cli.clock import clock_ms
+from esrl_ray.config import Config
+from esrl_ray.errors import EsrlError
+from esrl_ray.ports import free_ports
+from esrl_ray.replay.buffer import ReplayBuffer
+from streaming.deadletter import DeadLetters
+from streaming.source import Source
+from streaming.steplog import StepLog, read_commits
+from streaming.worker import IngestWorker
+
+MODULE = "esrl_ray.cli.chaos.processes"
+REFUSED = 3
+"""Exit status of a worker that ended with a known error, such as being fenced."""
+COMPACT_EVERY = 6  # commits
+START_S = 90.0
+
+
+def log_root(config: Config) -> Path:
+    """Folder of the step logs."""
+    return config.run.path / "log" / config.spec.build().digest
+
+
+def shard_of(index: int, config: Config) -> str:
+    """The replay shard that ingest worker `index` feeds."""
+    return f"replay-{index % config.replay.num_shards}"
+
+
+class IngestProcess:
+    """One ingest worker, its log compacted every few commits."""
+
+    def __init__(self, config: Config, worker: str, folder: Path, shard: Remote) -> None:
+        points.watch(folder, worker)
+        index = int(worker.rpartition("-")[2])
+        partitions = range(index, config.kafka.num_partitions, config.ingest.num_workers)
+        self._log = StepLog(log_root(config), worker, uuid.uuid4().hex, config.spec.build())
+        self._shard, self._stop = shard, threading.Event()
+        self._worker = IngestWorker(
+            config,
+            worker,
+            partitions,
+            log=self._log,
+            source_factory=lambda positions: Source(config.kafka, partitions, positions, max_poll_records=config.ingest.max_poll_records),
+            dead_letters=DeadLetters(config.kafka),
+            publish=[self._publish, self._compact],
+            clock_ms=clock_ms,
+        )
+
+    def _publish(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
+        self._shard.call("apply", worker, commit, rows, committed_ms, timeout_s=10.0)
+
+    def _compact(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
+        if commit % COMPACT_EVERY == COMPACT_EVERY - 1:
+            self._log.compact()
+
+    def status(self) -> dict[str, Any]:
+        """The worker's status."""
+        return {**self._worker.status(), "pid": os.getpid()}
+
+    def run(self) -> None:
+        """Work until `drain`."""
+        self._worker.run(self._stop)
+
+    def drain(self, until: Mapping[str, int], timeout_s: float) -> dict[str, Any]:
+        """Read on to the end offsets, close what is open as truncated, commit."""
+        self._stop.set()
+        self._worker.drain(until, timeout_s)
+        return self.status()
+
+
+class ReplayProcess:
+    """One replay shard, refilled from the logs at its start."""
+
+    def __init__(self, config: Config, shard: str) -> None:
+        index = int(shard.rpartition("-")[2])
+        self._workers = [f"ingest-{i}" for i in range(index, config.ingest.num_workers, config.replay.num_shards)]
+        self._lock = threading.Lock()
+        self._buffer = ReplayBuffer(config, seed=index, read_log=functools.partial(read_commits, str(log_root(config))))
+        self._buffer.refill(self._workers, inserted_ms=clock_ms())
+
+    def status(self) -> dict[str, Any]:
+        """Sizes and lineage."""
+        return {"size": self._buffer.size, "lineage": dict(self._buffer.lineage), "pid": os.getpid()}
+
+    def apply(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
+        """Take the rows of one commit."""
+        with self._lock:
+            self._buffer.apply(worker, commit, rows, inserted_ms=clock_ms())
+
+    def contents(self, step_ids: Sequence[str]) -> dict[str, Any]:
+        """See `contents_of`, after reading what the logs hold beyond what arrived."""
+        with self._lock:
+            self._buffer.catch_up(self._workers, inserted_ms=clock_ms())
+            return contents_of(self._buffer, step_ids)
+
+
+def contents_of(buffer: ReplayBuffer, step_ids: Sequence[str]) -> dict[str, Any]:
+    """size, lineage, samplable (ids), missing (ids that are not here) and columns ({name: (n, G, ...)} of the others, in order)."""
+    steps, missing = [], []
+    for step_id in step_ids:
+        try:
+            steps.append(buffer.step(step_id))
+        except KeyError:
+            missing.append(step_id)
+    return {
+        "size": buffer.size,
+        "lineage": dict(buffer.lineage),
+        "samplable": buffer.samplable_ids(),
+        "missing": missing,
+        "columns": {name: np.stack([step[name] for step in steps]) for name in (steps[0] if steps else ())},
+    }
+
+
+class ProcessFleet:
+    """Starts, asks, kills and restarts the processes of one run.
+
+    Args:
+        config: Deployment; `run.dir` is the run's.
+        folder: For logs of the processes and orders to them.
+    """
+
+    restarts_itself = False
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.workers = [f"ingest-{i}" for i in range(config.ingest.num_workers)]
+        self.shards = [f"replay-{i}" for i in range(config.replay.num_shards)]
+        self.folder = folder
+        self.config, self._key = config, secrets.token_bytes(16)
+        self._ports = dict(zip(self.shards, free_ports(len(self.shards)), strict=True))
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._remotes: dict[str, Remote] = {}
+        self._replaced: list[subprocess.Popen[bytes]] = []
+        (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
+
+    def start(self, name: str) -> None:
+        """Start one and wait until it answers.
+
+        Raises:
+            RuntimeError: it ended, with the end of what it said.
+        """
+        if name in self.shards:
+            port, arguments = self._ports[name], [name]
+        else:
+            port = free_ports(1)[0]
+            shard = shard_of(self.workers.index(name), self.config)
+            arguments = [name, str(self._ports[shard])]
+        command = [str(self.folder), str(port), *arguments]
+        process = self._processes[name] = start(MODULE, *command, key=self._key, log=self.folder / f"{name}.log")
+        self._remotes[name] = Remote(port, self._key)
+        deadline = time.monotonic() + START_S
+        while self.status(name) is None:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{name} does not come up, exit status {process.poll()}: {self.said(name)}")
+            time.sleep(0.05)
+
+    def status(self, name: str) -> dict[str, Any] | None:
+        """Of one part; None while it does not answer."""
+        try:
+            status: dict[str, Any] = self._remotes[name].call("status", timeout_s=5.0)
+        except ConnectionError:
+            return None
+        return status
+
+    def pid(self, name: str) -> int:
+        """Process id."""
+        return self._processes[name].pid
+
+    def wait_dead(self, name: str, timeout_s: float) -> bool:
+        """Wait until the process has ended."""
+        try:
+            self._processes[name].wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        self._remotes[name].close()
+        _close_input(self._processes[name])
+        return True
+
+    def set_aside(self, name: str) -> subprocess.Popen[bytes]:
+        """Give up a process without ending it, so that `start` makes a second one of the same name."""
+        process = self._processes.pop(name)
+        self._replaced.append(process)
+        return process
+
+    def said(self, name: str, lines: int = 6) -> str:
+        """The last lines of what the processes of this name printed."""
+        return "\n".join((self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def ask(self, name: str, method: str, *args: Any, timeout_s: float = 120.0) -> Any:
+        """Call a method of a part.
+
+        Raises:
+            ConnectionError: it is gone.
+        """
+        return self._remotes[name].call(method, *args, timeout_s=timeout_s)
+
+    def end(self) -> None:
+        """Kill everything."""
+        for process in [*self._processes.values(), *self._replaced]:
+            process.kill()
+            process.wait()
+            _close_input(process)
+        for remote in self._remotes.values():
+            remote.close()
+
+
+def _close_input(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _main(folder: Path, port: int, name: str, *shard_port: str) -> None:
+    end_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    key = bytes.fromhex(os.environ[AUTH])
+    config = Config.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
+    if not shard_port:
+        serve(ReplayProcess(config, name), port, key)
+        return
+    try:
+        part = IngestProcess(config, name, folder, Remote(int(shard_port[0]), key))
+        threading.Thread(target=serve, args=(part, port, key), daemon=True).start()
+        part.run()
+    except EsrlError as error:
+        print(f"{name} ended: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(REFUSED)
+    threading.Event().wait()  # `drain` runs in a thread of its caller
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
