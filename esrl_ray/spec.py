@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -18,7 +19,7 @@ class CategoricalFeature(msgspec.Struct, frozen=True):
     side: Side
 
 
-class Spec(msgspec.Struct, frozen=True):
+class Spec(msgspec.Struct, frozen=True, dict=True):
     """Names and widths of the enhanced state, the upstream scores and the fusion formula's ranges.
 
     The numeric state of a pair is the concatenation user | item | context, F wide; categorical codes keep the order of
@@ -36,22 +37,22 @@ class Spec(msgspec.Struct, frozen=True):
     bias_base: float
     bias_span: float
 
-    @property
+    @cached_property
     def num_features(self) -> int:
         """F, the width of the numeric state."""
         return len(self.user_features) + len(self.item_features) + len(self.context_features)
 
-    @property
+    @cached_property
     def num_categorical(self) -> int:
         """C, the number of categorical features."""
         return len(self.categorical_features)
 
-    @property
+    @cached_property
     def num_scores(self) -> int:
         """k, the number of upstream scores."""
         return len(self.scores)
 
-    @property
+    @cached_property
     def num_actions(self) -> int:
         """A = 2k: powers, then biases."""
         return 2 * len(self.scores)
@@ -72,7 +73,7 @@ class Spec(msgspec.Struct, frozen=True):
         """Names of the A action dimensions."""
         return tuple(f"power_{s}" for s in self.scores) + tuple(f"bias_{s}" for s in self.scores)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """First 16 hex digits of the sha256 of the canonical JSON of this spec."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]

@@ -22,6 +22,9 @@ SCHEMA_VERSION = 1
 MSGPACK, JSON = b"application/msgpack", b"application/json"
 SHOWN, LEAVE = "shown", "leave"  # built-in behaviours; both may come without an item
 MAX_ID_BYTES, MAX_EVENT_BYTES, MAX_PAIRS = 128, 4 * 2**20, 1_000
+SHORT = MAX_ID_BYTES // 4
+"""Text of at most so many characters cannot have too many bytes: most ids need no closer look."""
+FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")
 
 Array = bytes | list[float | list[float]]
 
@@ -39,7 +42,7 @@ class _Versioned(msgspec.Struct):
     schema_version: int
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
+class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What serving computed for one request: l shown pairs, then K unshown candidates drawn at random (G in all)."""
 
     schema_version: int
@@ -63,7 +66,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     fused_scores: Array  # (G,) float32
 
 
-class Feedback(msgspec.Struct, frozen=True, kw_only=True):
+class Feedback(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What the user did to one item of one list. `leave`, and `shown` of a whole list, carry no item."""
 
     schema_version: int
@@ -92,12 +95,8 @@ class DecodedDecision:
     fused_scores: Floats  # (G,)
 
 
-_decoders: dict[tuple[bytes, type], Any] = {
-    (MSGPACK, Decision): msgspec.msgpack.Decoder(Decision),
-    (JSON, Decision): msgspec.json.Decoder(Decision),
-    (MSGPACK, Feedback): msgspec.msgpack.Decoder(Feedback),
-    (JSON, Feedback): msgspec.json.Decoder(Feedback),
-}
+_decision_decoders: dict[bytes, Any] = {MSGPACK: msgspec.msgpack.Decoder(Decision).decode, JSON: msgspec.json.Decoder(Decision).decode}
+_feedback_decoders: dict[bytes, Any] = {MSGPACK: msgspec.msgpack.Decoder(Feedback).decode, JSON: msgspec.json.Decoder(Feedback).decode}
 _version_decoders: dict[bytes, Any] = {MSGPACK: msgspec.msgpack.Decoder(_Versioned), JSON: msgspec.json.Decoder(_Versioned)}
 _encoder = msgspec.msgpack.Encoder()
 
@@ -107,42 +106,44 @@ def encode(event: Event) -> bytes:
     return _encoder.encode(event)
 
 
-def _array(value: Array, shape: tuple[int, ...], dtype: type[np.float32] | type[np.int32], name: str) -> np.ndarray:
+def _array(value: Array, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> np.ndarray:
+    if isinstance(value, bytes):
+        if len(value) != 4 * math.prod(shape):
+            raise WireError(f"{name} has {len(value)} bytes, expected 4 for each value of shape {shape}", Refusal.WRONG_WIDTH)
+        return np.frombuffer(value, dtype).reshape(shape)
     try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
-            array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")) if isinstance(value, bytes) else np.asarray(value, dtype)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+            array = np.asarray(value, dtype)
     except (ValueError, OverflowError) as error:
-        raise WireError(f"{name}: {error}, expected {dtype.__name__} of shape {shape}", Refusal.WRONG_WIDTH) from error
+        raise WireError(f"{name}: {error}, expected {dtype} of shape {shape}", Refusal.WRONG_WIDTH) from error
     if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
         raise WireError(f"{name} has {array.size} values in shape {array.shape}, expected {shape}", Refusal.WRONG_WIDTH)
-    array = array.reshape(shape).astype(dtype, copy=False)
-    if not np.isfinite(array).all():
-        raise WireError(f"{name} holds a value that is not finite", Refusal.NOT_FINITE)
-    return array
+    return array.reshape(shape)
 
 
-def _ids(**ids: str | None) -> None:
+def _check_ids(**ids: str | None) -> None:
     for name, value in ids.items():
         if value is not None and not 0 < len(value.encode()) <= MAX_ID_BYTES:
             raise WireError(f"{name} has {len(value.encode())} bytes, expected 1 to {MAX_ID_BYTES}", Refusal.WRONG_ID)
 
 
-def _decode(payload: bytes | None, content_type: bytes, kind: type[Decision] | type[Feedback]) -> Event:
+def _decode(payload: bytes | None, content_type: bytes, decoders: dict[bytes, Any]) -> Any:
     if not payload:
         raise WireError("the record has no value", Refusal.NO_VALUE)
     if len(payload) > MAX_EVENT_BYTES:
         raise WireError(f"the record has {len(payload)} bytes, at most {MAX_EVENT_BYTES} are read", Refusal.TOO_LARGE)
-    decoder = _decoders.get((content_type, kind))
-    if decoder is None:
+    decode = decoders.get(content_type)
+    if decode is None:
         raise WireError(f"content-type {content_type!r} is unknown, expected {MSGPACK!r} or {JSON!r}", Refusal.UNKNOWN_CONTENT_TYPE)
+    kind = "Decision" if decoders is _decision_decoders else "Feedback"
     try:
-        event: Event = decoder.decode(payload)
+        event = decode(payload)
     except msgspec.ValidationError as error:
         _check_version(payload, content_type)  # another version's fields say nothing
         code = Refusal.MISSING_FIELD if "missing required field" in str(error) else Refusal.WRONG_FIELD
-        raise WireError(f"not a {kind.__name__}: {error}", code) from error
+        raise WireError(f"not a {kind}: {error}", code) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"not a {kind.__name__}: {error}", Refusal.MALFORMED) from error
+        raise WireError(f"not a {kind}: {error}", Refusal.MALFORMED) from error
     if event.schema_version != SCHEMA_VERSION:
         _check_version(payload, content_type)
     return event
@@ -163,18 +164,25 @@ def decode_feedback(payload: bytes | None, content_type: bytes = JSON) -> Feedba
     Raises:
         WireError: the bytes are not a valid `Feedback`; the text names the field.
     """
-    event = _decode(payload, content_type, Feedback)
-    assert isinstance(event, Feedback)
-    _ids(
-        event_id=event.event_id,
-        decision_id=event.decision_id,
-        session_id=event.session_id,
-        item_id=event.item_id,
-        behaviour=event.behaviour,
-    )
+    event: Feedback = _decode(payload, content_type, _feedback_decoders)
+    item_id = event.item_id
+    if not (
+        0 < len(event.event_id) <= SHORT
+        and 0 < len(event.decision_id) <= SHORT
+        and 0 < len(event.session_id) <= SHORT
+        and 0 < len(event.behaviour) <= SHORT
+        and (item_id is None or 0 < len(item_id) <= SHORT)
+    ):
+        _check_ids(
+            event_id=event.event_id,
+            decision_id=event.decision_id,
+            session_id=event.session_id,
+            item_id=item_id,
+            behaviour=event.behaviour,
+        )
     if not math.isfinite(event.value):
         raise WireError(f"value {event.value} is not finite", Refusal.NOT_FINITE)
-    if event.item_id is None and event.behaviour not in (SHOWN, LEAVE):
+    if item_id is None and event.behaviour not in (SHOWN, LEAVE):
         raise WireError(f"behaviour {event.behaviour!r} needs an item_id", Refusal.MISSING_FIELD)
     return event
 
@@ -185,27 +193,34 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
     Raises:
         WireError: the bytes are not a valid `Decision` of this spec; the text names the field, widths and digests.
     """
-    event = _decode(payload, content_type, Decision)
-    assert isinstance(event, Decision)
-    _ids(decision_id=event.decision_id, request_id=event.request_id, session_id=event.session_id, user_id=event.user_id)
-    _ids(**{f"item_ids[{i}]": item for i, item in enumerate(event.item_ids)})
+    event: Decision = _decode(payload, content_type, _decision_decoders)
+    item_ids = event.item_ids
+    lengths = [len(event.decision_id), len(event.request_id), len(event.session_id), len(event.user_id), *map(len, item_ids)]
+    if not 0 < min(lengths) <= max(lengths) <= SHORT:
+        _check_ids(decision_id=event.decision_id, request_id=event.request_id, session_id=event.session_id, user_id=event.user_id)
+        _check_ids(**{f"item_ids[{i}]": item for i, item in enumerate(item_ids)})
     if event.spec_digest != spec.digest:
         raise WireError(f"spec_digest {event.spec_digest} differs from this deployment's {spec.digest}", Refusal.OTHER_SPEC)
-    g, k, a = len(event.item_ids), spec.num_scores, spec.num_actions
-    if not 0 < g <= MAX_PAIRS or len(event.positions) != g or len(set(event.item_ids)) != g:
+    g, k, a = len(item_ids), spec.num_scores, spec.num_actions
+    if not 0 < g <= MAX_PAIRS or len(event.positions) != g or len(set(item_ids)) != g:
         raise WireError(
-            f"{g} item_ids ({len(set(event.item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each",
+            f"{g} item_ids ({len(set(item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each",
             Refusal.WRONG_WIDTH,
         )
     decoded = DecodedDecision(
         event=event,
-        states=_array(event.states, (g, spec.num_features), np.float32, "states"),
-        categorical=_array(event.categorical, (g, spec.num_categorical), np.int32, "categorical"),
-        scores=_array(event.scores, (g, k), np.float32, "scores"),
-        actions=_array(event.actions, (g, a), np.float32, "actions"),
-        anchor_actions=_array(event.anchor_actions, (g, a), np.float32, "anchor_actions"),
-        fused_scores=_array(event.fused_scores, (g,), np.float32, "fused_scores"),
+        states=_array(event.states, (g, spec.num_features), FLOAT, "states"),
+        categorical=_array(event.categorical, (g, spec.num_categorical), INT, "categorical"),
+        scores=_array(event.scores, (g, k), FLOAT, "scores"),
+        actions=_array(event.actions, (g, a), FLOAT, "actions"),
+        anchor_actions=_array(event.anchor_actions, (g, a), FLOAT, "anchor_actions"),
+        fused_scores=_array(event.fused_scores, (g,), FLOAT, "fused_scores"),
     )
+    floats = (decoded.states, decoded.scores, decoded.actions, decoded.anchor_actions, decoded.fused_scores)
+    if not np.isfinite(np.concatenate(floats, axis=None)).all():
+        names = ("states", "scores", "actions", "anchor_actions", "fused_scores")
+        wrong = [name for name, array in zip(names, floats, strict=True) if not np.isfinite(array).all()]
+        raise WireError(f"{wrong[0]} holds a value that is not finite", Refusal.NOT_FINITE)
     for c, feature in enumerate(spec.categorical_features):
         codes = decoded.categorical[:, c]
         if codes.min() < 0 or codes.max() >= feature.cardinality:

@@ -91,10 +91,16 @@ class RefusedRecords(Protocol):
         """Wait until all of them are acknowledged."""
 
 
-@lru_cache(maxsize=65_536)
 def partition_of(key: bytes, num_partitions: int) -> int:
     """The partition that Kafka's default partitioner (murmur2, as in Java and kafka-python) gives a key."""
     return int(murmur2(key) & 0x7FFFFFFF) % num_partitions
+
+
+@lru_cache(maxsize=65_536)
+def place_of(session_id: str, num_partitions: int) -> tuple[bytes, int]:
+    """Key and partition of a session's records."""
+    key = session_id.encode()
+    return key, partition_of(key, num_partitions)
 
 
 class IngestWorker:
@@ -131,6 +137,7 @@ class IngestWorker:
         self._log, self._dead_letters, self._publish, self._clock_ms = log, dead_letters, publish, clock_ms
         self._spec = config.spec.build()
         self._behaviours = {SHOWN, LEAVE, *(b.name for b in config.reward.behaviours)}
+        self._num_partitions = config.kafka.num_partitions
         self._max_ahead_ms = round(config.join.max_ahead_s * 1000)
         self._interval_ms = round(config.ingest.commit_interval_s * 1000)
         self._names: dict[Topic, str] = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
@@ -266,54 +273,52 @@ class IngestWorker:
         decisions: dict[int, list[tuple[int, DecodedDecision]]] = defaultdict(list)
         feedback: dict[int, list[tuple[int, Feedback]]] = defaultdict(list)
         now_ms, num_passed = self._clock_ms(), 0
+        latest_ms, decisions_topic = now_ms + self._max_ahead_ms, self._names[DECISIONS]
         for record in records:
             try:
-                event = self._decode(record, now_ms)
+                if record.topic == decisions_topic:
+                    decoded = decode_decision(record.value, self._spec, record.content_type)
+                    self._check(record, decoded.event.session_id, decoded.event.event_time_ms, latest_ms)
+                    decisions[record.partition].append((record.offset, decoded))
+                else:
+                    event = decode_feedback(record.value, record.content_type)
+                    if event.behaviour not in self._behaviours:
+                        text = f"behaviour {event.behaviour!r} is not declared in reward.behaviours"
+                        raise WireError(text, Refusal.UNDECLARED_BEHAVIOUR)
+                    self._check(record, event.session_id, event.event_time_ms, latest_ms)
+                    feedback[record.partition].append((record.offset, event))
+                num_passed += 1
             except WireError as error:
                 self._dead_letters.passed(num_passed)
                 self._dead_letters.send(record, error)
-                topic = DECISIONS if record.topic == self._names[DECISIONS] else FEEDBACK
+                topic = DECISIONS if record.topic == decisions_topic else FEEDBACK
                 self._joiners[record.partition].settle(topic, Bucket.DEAD_LETTER)
                 self._refusals[topic][error.code] += 1
                 num_passed = 0
-                continue
-            num_passed += 1
-            if isinstance(event, Feedback):
-                feedback[record.partition].append((record.offset, event))
-            else:
-                decisions[record.partition].append((record.offset, event))
         self._dead_letters.passed(num_passed)
         for partition in decisions.keys() | feedback.keys():
             self._joiners[partition].push(decisions[partition], feedback[partition])
 
-    def _decode(self, record: Record, now_ms: int) -> DecodedDecision | Feedback:
-        """The event of a record.
+    def _check(self, record: Record, session_id: str, event_time_ms: int, latest_ms: int) -> None:
+        """Refuse what stands in the wrong place or time.
 
         Raises:
             WireError: with the reason for the dead letter.
         """
-        event: DecodedDecision | Feedback
-        if record.topic == self._names[DECISIONS]:
-            event = decode_decision(record.value, self._spec, record.content_type)
-            session_id, event_time_ms = event.event.session_id, event.event.event_time_ms
-        else:
-            event = decode_feedback(record.value, record.content_type)
-            session_id, event_time_ms = event.session_id, event.event_time_ms
-            if event.behaviour not in self._behaviours:
-                raise WireError(f"behaviour {event.behaviour!r} is not declared in reward.behaviours", Refusal.UNDECLARED_BEHAVIOUR)
-        if (ahead_ms := event_time_ms - now_ms) > self._max_ahead_ms:
+        if event_time_ms > latest_ms:
+            ahead_ms = event_time_ms - latest_ms + self._max_ahead_ms
             raise WireError(
                 f"event_time_ms {event_time_ms} is {ahead_ms} ms ahead of the clock, at most {self._max_ahead_ms} is believed",
                 Refusal.FAR_FUTURE,
             )
-        if record.key is None or record.key != session_id.encode():
+        key, expected = place_of(session_id, self._num_partitions)
+        if record.key != key:
             raise WireError(f"key {record.key!r} is not the session_id {session_id!r}", Refusal.KEY_MISMATCH)
-        if (expected := partition_of(record.key, self._config.kafka.num_partitions)) != record.partition:
+        if record.partition != expected:
             raise WireError(
                 f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}",
                 Refusal.WRONG_PARTITION,
             )
-        return event
 
     def _advance(self) -> list[StepRow]:
         now_ms, names = self._clock_ms(), self._names
