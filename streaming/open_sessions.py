@@ -13,7 +13,7 @@ from collections import Counter
 from esrl_ray.config import Config
 from esrl_ray.vocabulary import Bucket, Ended
 from streaming.session_state import DECISIONS, FEEDBACK, Bulk, JoinState, OpenStep, Session
-from streaming.wire import LEAVE, SHOWN, Feedback
+from streaming.wire import SHOWN, Feedback
 
 _CLOSE, _GAP, _PATIENCE = range(3)  # timers, in this order at the same time
 
@@ -58,15 +58,6 @@ class OpenSessions:
     def unclosed(self) -> list[OpenStep]:
         """Steps whose label age is not reached."""
         return [step for step, _ in self._steps.values() if not step.closed]
-
-    def apply(self, event: OpenStep | Feedback) -> None:
-        """Apply one event."""
-        if isinstance(event, OpenStep):
-            self._apply_decision(event)
-        elif event.behaviour == LEAVE:
-            self._apply_leave(event)
-        else:
-            self._apply_feedback(event)
 
     def fire(self) -> None:
         """Apply the first timer; `now_ms` has reached it."""
@@ -130,14 +121,18 @@ class OpenSessions:
 
     # -- decisions
 
-    def _apply_decision(self, step: OpenStep) -> None:
+    def apply_decision(self, step: OpenStep) -> None:
+        """Apply one decision."""
         session = self._session_of(step)
         if session.num_retired and step.place < session.steps[0].place:  # a retired step already links to that one
             self._settled[DECISIONS][Bucket.LATE] += 1
             self._leave_behind(step, Bucket.LATE)
             return
         step.name = session.name
-        insort(session.steps, step, key=lambda s: s.place)
+        if session.steps and step.place < session.steps[-1].place:
+            insort(session.steps, step, key=lambda s: s.place)
+        else:
+            session.steps.append(step)
         session.num_unclosed += 1
         self._steps[step.step_id] = step, session
         self._set_label_timer(step)
@@ -145,7 +140,7 @@ class OpenSessions:
         if step.kept:
             self._relink_around(step, session)
         for event in sorted(self._waiting.pop(step.step_id, {}).values(), key=lambda e: (e.event_time_ms, e.event_id)):
-            self._apply_feedback(event)
+            self.apply_feedback(event)
         self._retire_old_steps(session)
 
     def _session_of(self, step: OpenStep) -> Session:
@@ -164,7 +159,10 @@ class OpenSessions:
         return session
 
     def _touch(self, session: Session, time_ms: int) -> None:
-        session.first_ms, session.last_ms = min(session.first_ms, time_ms), max(session.last_ms, time_ms)
+        if time_ms > session.last_ms:
+            session.last_ms = time_ms
+        elif time_ms < session.first_ms:
+            session.first_ms = time_ms
         if session.ended is None:
             key = session.session_id, session.number
             self.open[key] = self.open.pop(key)
@@ -251,55 +249,62 @@ class OpenSessions:
 
     # -- feedback
 
-    def _apply_feedback(self, event: Feedback) -> None:
-        if event.decision_id not in self._steps:
+    def apply_feedback(self, event: Feedback) -> None:
+        """Apply one feedback that is no `leave`."""
+        found = self._steps.get(event.decision_id)
+        if found is None:
             if event.decision_id in self._gone:
                 self._settled[FEEDBACK][self._gone[event.decision_id][1]] += 1
             else:
                 self._wait(event)
             return
-        step, session = self._steps[event.decision_id]
-        if self._is_past_amending(step):
+        step, session = found
+        if step.closed and self._is_past_amending(step):
             bucket = Bucket.LATE
         elif event.session_id != step.session_id or not self._change(step, session, event):
             bucket = Bucket.UNMATCHED
         else:
-            bucket = Bucket.JOINED
             self._touch(session, event.event_time_ms)
-        if bucket is Bucket.JOINED and not step.closed:
-            step.num_feedback += 1
-        else:
-            self._settled[FEEDBACK][bucket] += 1
+            if not step.closed:
+                step.num_feedback += 1
+                return
+            bucket = Bucket.JOINED
+        self._settled[FEEDBACK][bucket] += 1
 
     def _change(self, step: OpenStep, session: Session, event: Feedback) -> bool:
-        if event.item_id is not None and event.item_id not in step.item_ids:
-            return False
-        if event.behaviour == SHOWN:
-            at = range(len(step.listed)) if event.item_id is None else [step.item_ids.index(event.item_id)]
-            for g in at:
-                step.shown[g] |= step.listed[g] or event.item_id is not None
+        pair, column = None, self._columns.get(event.behaviour)
+        if event.item_id is not None:
+            try:
+                pair = step.item_ids.index(event.item_id)
+            except ValueError:
+                return False
+        if column is not None and pair is not None:
+            self._combine(step, event, pair * len(self._columns) + column[0], column[1])
+        elif event.behaviour == SHOWN:
+            if pair is None:
+                step.shown = [seen or listed for seen, listed in zip(step.shown, step.listed, strict=True)]
+            else:
+                step.shown[pair] = True
             if not step.kept and any(step.shown):
                 step.kept = True
                 self._relink_around(step, session)
-        elif event.behaviour in self._columns and event.item_id is not None:
-            self._combine(step, event, step.item_ids.index(event.item_id))
         else:
             return False
         if step.closed:
             self.changed[step.step_id] = step
         return True
 
-    def _combine(self, step: OpenStep, event: Feedback, pair: int) -> None:
-        column, combine = self._columns[event.behaviour]
-        cell, place = pair * len(self._columns) + column, (event.event_time_ms, event.event_id)
+    def _combine(self, step: OpenStep, event: Feedback, cell: int, combine: str) -> None:
         if combine == "sum":
             step.values[cell] = step.values.get(cell, 0.0) + event.value
         elif combine == "max":
             step.values[cell] = max(step.values.get(cell, event.value), event.value)
-        elif cell not in step.newest or place > step.newest[cell]:
-            step.values[cell], step.newest[cell] = event.value, place
+        else:
+            place = event.event_time_ms, event.event_id
+            if cell not in step.newest or place > step.newest[cell]:
+                step.values[cell], step.newest[cell] = event.value, place
 
-    def _apply_leave(self, event: Feedback) -> None:
+    def apply_leave(self, event: Feedback) -> None:
         """A `leave` ends the open session; one that arrives behind later lists of that session ends nothing."""
         sessions = self._sessions.get(event.session_id, [])
         newest = [s for s in sessions if s.ended is None]

@@ -5,15 +5,13 @@ The wide part of a decision (`Bulk`) is not in it: a step keeps its offset, and 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 import msgspec
 import numpy as np
 
 from esrl_ray.errors import LogError
-from esrl_ray.spec import Spec
-from esrl_ray.vocabulary import Bucket, Ended, Floats, StepRow
+from esrl_ray.vocabulary import Bools, Bucket, Ended, Floats, Ints, StepRow
 from streaming.wire import DecodedDecision, Feedback
 
 STATE_VERSION = 2
@@ -23,19 +21,20 @@ DECISIONS: Topic = "decisions"
 FEEDBACK: Topic = "feedback"
 
 
-class Bulk(msgspec.Struct, frozen=True):
-    """The wide part of a decision, as little-endian bytes; forgotten once its row is written, and never stored."""
+class Bulk(TypedDict, total=False):
+    """The wide part of a decision, under the names of `StepRow`; forgotten once its row is written, and never stored."""
 
-    positions: bytes  # (G,) int32
-    states: bytes  # (G, F) float32
-    categorical: bytes  # (G, C) int32
-    scores: bytes  # (G, k)
-    actions: bytes  # (G, A)
-    anchor_actions: bytes  # (G, A)
-    fused_scores: bytes  # (G,)
+    item_ids: tuple[str, ...]  # G
+    positions: Ints  # (G,)
+    states: Floats  # (G, F)
+    categorical: Ints  # (G, C)
+    scores: Floats  # (G, k)
+    actions: Floats  # (G, A)
+    anchor_actions: Floats  # (G, A)
+    fused_scores: Floats  # (G,)
 
 
-class OpenStep(msgspec.Struct, array_like=True, eq=False):
+class OpenStep(msgspec.Struct, array_like=True, eq=False, gc=False):
     """A step that can still change: its label age is not reached (`closed` False), or its session is open."""
 
     step_id: str
@@ -67,7 +66,7 @@ class OpenStep(msgspec.Struct, array_like=True, eq=False):
         return self.event_time_ms, self.step_id
 
 
-class Session(msgspec.Struct, array_like=True, eq=False):
+class Session(msgspec.Struct, array_like=True, eq=False, gc=False):
     """One visit: a session id of the app may come back, as session `id#1`, `id#2`, ..."""
 
     session_id: str
@@ -155,32 +154,31 @@ def open_step(decoded: DecodedDecision, offset: int, *, require_shown: bool) -> 
 
 def bulk_of(decoded: DecodedDecision) -> Bulk:
     """What a step's first row needs beside the step."""
-    return Bulk(
-        positions=np.asarray(decoded.event.positions, "<i4").tobytes(),
-        states=decoded.states.tobytes(),
-        categorical=decoded.categorical.tobytes(),
-        scores=decoded.scores.tobytes(),
-        actions=decoded.actions.tobytes(),
-        anchor_actions=decoded.anchor_actions.tobytes(),
-        fused_scores=decoded.fused_scores.tobytes(),
-    )
+    return {
+        "item_ids": tuple(decoded.event.item_ids),
+        "positions": np.array(decoded.event.positions, np.int32),
+        "states": decoded.states,
+        "categorical": decoded.categorical,
+        "scores": decoded.scores,
+        "actions": decoded.actions,
+        "anchor_actions": decoded.anchor_actions,
+        "fused_scores": decoded.fused_scores,
+    }
 
 
-def step_row(
-    step: OpenStep, bulk: Bulk | None, behaviours: Floats, rewards: Floats, spec: Spec, *, partition: int, closed_ms: int
-) -> StepRow:
+def step_row(step: OpenStep, bulk: Bulk, *, shown: Bools, behaviours: Floats, rewards: Floats, partition: int, closed_ms: int) -> StepRow:
     """The row of a step as it is now.
 
     Args:
         step: The closed step, its revision already counted up.
-        bulk: For its first row; None for an amendment.
+        bulk: For its first row; empty for an amendment.
+        shown: (G,).
         behaviours: (G, num_behaviours) combined values.
         rewards: (G, q).
-        spec: Widths of the bulky fields.
         partition: Of both topics.
         closed_ms: Clock.
     """
-    row = StepRow(
+    return StepRow(
         step_id=step.step_id,
         revision=step.revision,
         session_id=step.name,
@@ -194,23 +192,10 @@ def step_row(
         policy_version=step.policy_version,
         round=step.round,
         num_candidates=step.num_candidates,
-        shown=np.asarray(step.shown, np.bool_),
+        shown=shown,
         behaviours=behaviours,
         rewards=rewards,
         next_id=step.next_id,
         ended=step.ended,
-    )
-    if bulk is None:
-        return row
-    g, k = len(step.item_ids), spec.num_scores
-    return replace(
-        row,
-        item_ids=tuple(step.item_ids),
-        positions=np.frombuffer(bulk.positions, "<i4"),
-        states=np.frombuffer(bulk.states, "<f4").reshape(g, spec.num_features),
-        categorical=np.frombuffer(bulk.categorical, "<i4").reshape(g, spec.num_categorical),
-        scores=np.frombuffer(bulk.scores, "<f4").reshape(g, k),
-        actions=np.frombuffer(bulk.actions, "<f4").reshape(g, spec.num_actions),
-        anchor_actions=np.frombuffer(bulk.anchor_actions, "<f4").reshape(g, spec.num_actions),
-        fused_scores=np.frombuffer(bulk.fused_scores, "<f4"),
+        **bulk,
     )

@@ -1,6 +1,6 @@
 """The session join of one partition: a pure function of the events, the clock and the end-of-topic flags that it is given.
 
-Events wait in a heap until the watermark has passed them and are then applied in the order of their event time, together with the
+Events wait until the watermark has passed them and are then applied in the order of their event time, together with the
 timers (label age, inactivity gap, patience with feedback without decision). So the order of arrival does not matter as long as no
 event is more than `join.lateness_s` out of order in its topic; what comes later than that is applied at once, behind the others.
 
@@ -16,10 +16,10 @@ The state holds no bulk. A joiner that goes on from one lacks that of the steps 
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 
@@ -126,9 +126,24 @@ class SessionJoiner:
             if self._is_new(DECISIONS, decision.decision_id, decision.event_time_ms):
                 self._bulks[decision.decision_id] = bulk_of(decoded)
                 self._push(open_step(decoded, offset, require_shown=self._require_shown))
+        seen, by_second, horizon = self._seen, self._seen_by_second, self.watermark_ms - self._dedup
+        newest = self._newest.get(FEEDBACK, 0)
         for _, event in feedback:
-            if self._is_new(FEEDBACK, event.event_id, event.event_time_ms):
-                self._push(event)
+            event_id, time_ms = event.event_id, event.event_time_ms
+            if time_ms < horizon or (key := FEEDBACK[0] + event_id) in seen:
+                self._is_new(FEEDBACK, event_id, time_ms)  # it is not, and is counted
+                continue
+            # What _is_new and _push do, without two calls for each of the most frequent events.
+            newest = time_ms if time_ms > newest else newest
+            seen.add(key)
+            second = time_ms // 1000
+            if second in by_second:
+                by_second[second].append(key)
+            else:
+                by_second[second] = [key]
+            self._pending.append((time_ms, _LAST_LEAVE if event.behaviour == LEAVE else _THEN_FEEDBACK, event_id, event))
+        if feedback:
+            self._newest[FEEDBACK] = max(newest, self._newest.get(FEEDBACK, 0))
 
     def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool) -> list[StepRow]:
         """Move the watermark, apply what it has passed, and return the rows that this makes.
@@ -197,21 +212,27 @@ class SessionJoiner:
             order, event_id = _FIRST_DECISIONS, event.step_id
         else:
             order, event_id = _LAST_LEAVE if event.behaviour == LEAVE else _THEN_FEEDBACK, event.event_id
-        heapq.heappush(self._pending, (event.event_time_ms, order, event_id, event))
+        self._pending.append((event.event_time_ms, order, event_id, event))
 
     def _run(self, watermark: int) -> None:
         """Events and timers in the order of their time. A timer is due at the watermark; an event there may still have company to come."""
         sessions, timers, pending = self._sessions, self._sessions.timers, self._pending
+        apply: tuple[Callable[[Any], None], ...] = (sessions.apply_decision, sessions.apply_feedback, sessions.apply_leave)
+        pending.sort()  # mostly in order already; no two are equal in all but the event
+        at, count = 0, len(pending)
         while True:
-            due, arrived = timers[0][0] if timers else _NEVER, pending[0][0] if pending else _NEVER
-            if due <= arrived and due <= watermark:
+            due, arrived = timers[0][0] if timers else _NEVER, pending[at][0] if at < count else _NEVER
+            if arrived < due and arrived < watermark:
+                sessions.now_ms = max(sessions.now_ms, arrived)
+                _, order, _, event = pending[at]
+                apply[order](event)
+                at += 1
+            elif due <= arrived and due <= watermark:
                 sessions.now_ms = max(sessions.now_ms, due)
                 sessions.fire()
-            elif arrived < due and arrived < watermark:
-                sessions.now_ms = max(sessions.now_ms, arrived)
-                sessions.apply(heapq.heappop(pending)[3])
             else:
                 break
+        del pending[:at]
         sessions.now_ms = watermark
         sessions.forget()
         horizon = (watermark - self._dedup) // 1000
@@ -223,24 +244,24 @@ class SessionJoiner:
         if not steps:
             return []
         self._sessions.changed = {}
-        offsets = np.cumsum([0, *(len(step.item_ids) for step in steps)])
-        values = np.zeros((int(offsets[-1]), b), np.float64)
-        for step, offset in zip(steps, offsets.tolist(), strict=False):
-            for cell, value in step.values.items():
-                values[offset + cell // b, cell % b] = value
-        behaviours: Floats = np.clip(values, -self._caps, self._caps).astype(np.float32)
-        shown = np.concatenate([np.asarray(step.shown, np.bool_) for step in steps])
+        ends = list(accumulate(len(step.item_ids) for step in steps))
+        starts = [0, *ends[:-1]]
+        values = np.zeros(ends[-1] * b, np.float64)
+        cells = [start * b + cell for step, start in zip(steps, starts, strict=True) for cell in step.values]
+        values[cells] = [value for step in steps for value in step.values.values()]
+        behaviours: Floats = np.clip(values.reshape(-1, b), -self._caps, self._caps).astype(np.float32)
+        shown = np.array([seen for step in steps for seen in step.shown], np.bool_)
         rewards = rewards_of(behaviours, self._reward) * shown[:, None]
         rows = []
-        for step, start, end in zip(steps, offsets, offsets[1:], strict=False):
+        for step, start, end in zip(steps, starts, ends, strict=True):
             step.revision += 1
             rows.append(
                 step_row(
                     step,
-                    None if step.revision else self._bulks.pop(step.step_id),
-                    behaviours[start:end],
-                    rewards[start:end],
-                    self._spec,
+                    {} if step.revision else self._bulks.pop(step.step_id),
+                    shown=shown[start:end],
+                    behaviours=behaviours[start:end],
+                    rewards=rewards[start:end],
                     partition=self._partition,
                     closed_ms=closed_ms,
                 )

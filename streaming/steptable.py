@@ -49,12 +49,17 @@ def step_schema() -> pa.Schema:
 
 def _lists(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.ListArray:
     """A list column from arrays of any shape; None becomes null."""
-    flat = [a.reshape(-1) for a in arrays if a is not None]
-    lengths = np.array([0 if a is None else a.size for a in arrays], np.int32)
-    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-    values = np.concatenate(flat) if flat else np.zeros(0, kind.to_pandas_dtype())
-    mask = pa.array([a is None for a in arrays])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind), mask=mask if len(arrays) else None)
+    there = [a for a in arrays if a is not None]
+    values = np.concatenate(there).reshape(-1) if there else np.zeros(0, kind.to_pandas_dtype())
+    return _list_array([None if a is None else a.size for a in arrays], pa.array(values, kind))
+
+
+def _list_array(lengths: Sequence[int | None], values: pa.Array) -> pa.ListArray:
+    """Lists of these lengths over values that stand one after the other; None becomes null."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum([length or 0 for length in lengths], out=offsets[1:])
+    mask = pa.array([length is None for length in lengths]) if None in lengths else None
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=mask)
 
 
 def rows_to_table(rows: Sequence[StepRow]) -> pa.Table:
@@ -63,7 +68,9 @@ def rows_to_table(rows: Sequence[StepRow]) -> pa.Table:
     for names, kind in ((_TEXTS, pa.string()), (_INTS, pa.int32()), (_LONGS, pa.int64()), (("next_id",), pa.string())):
         columns |= {name: pa.array([getattr(row, name) for row in rows], kind) for name in names}
     columns |= {name: _lists([getattr(row, name) for row in rows], kind) for name, kind in (_SMALL | _BULKY).items()}
-    columns["item_ids"] = pa.array([None if row.item_ids is None else list(row.item_ids) for row in rows], pa.list_(pa.string()))
+    ids = [row.item_ids for row in rows]
+    texts = pa.array([item_id for row_ids in ids if row_ids is not None for item_id in row_ids], pa.string())
+    columns["item_ids"] = _list_array([None if row_ids is None else len(row_ids) for row_ids in ids], texts)
     return pa.table([columns[field.name] for field in _SCHEMA], schema=_SCHEMA)
 
 
