@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -11,10 +13,13 @@ import msgspec
 
 from esrl_ray.cli.chaos.compare import Report
 from esrl_ray.cli.chaos.faults import KINDS, Kind, plan
+from esrl_ray.cli.chaos.fleet import Fleet
 from esrl_ray.cli.chaos.load import generate
+from esrl_ray.cli.chaos.points import COMMIT_POINTS, Point
 from esrl_ray.cli.chaos.processes import ProcessFleet
 from esrl_ray.cli.chaos.run import chaos_config, run_chaos
 from esrl_ray.cli.clock import clock_ms
+from esrl_ray.cli.demo import LOOPBACK
 from esrl_ray.errors import ConfigError, LoopError
 from streaming.broker import EmbeddedBroker
 
@@ -26,16 +31,24 @@ PHASE_EVENTS = 15_000
 
 def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> list[Kind]:
     names = [name.strip() for name in value.split(",") if name.strip()]
-    kinds: list[Kind] = [kind for kind in KINDS if kind in names]
-    if unknown := set(names) - set(KINDS):
-        raise ConfigError(f"unknown part {sorted(unknown)[0]!r}", "--kill", f"expected some of {', '.join(KINDS)}")
-    return kinds
+    if unknown := sorted(set(names) - set(KINDS)):
+        raise ConfigError(f"unknown part {unknown[0]!r}", "--kill", f"expected some of {', '.join(KINDS)}")
+    if {"learner", "zombie"} <= set(names):
+        raise ConfigError("a zombie needs two processes of one name, Ray's actors have one", "--kill", "leave out learner or zombie")
+    return [kind for kind in KINDS if kind in names]
 
 
 @click.command()
 @click.option("--seconds", type=click.FloatRange(min=5.0), default=300.0, show_default=True, help="Length of the load.")
 @click.option("--events", type=click.IntRange(min=1_000), default=100_000, show_default=True, help="Records to send, at least.")
-@click.option("--kill", "kinds", callback=_kinds, default="ingest,replay,broker,zombie", show_default=True, help="What dies.")
+@click.option(
+    "--kill",
+    "kinds",
+    callback=_kinds,
+    default="ingest,replay,broker,zombie",
+    show_default=True,
+    help="What dies. With `learner` the parts are Ray actors as deployed, restarted by Ray; else plain processes, which restart faster.",
+)
 @click.option("--faults", type=click.IntRange(min=0), help="How many faults.  [default: one per 7 s]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of events, victims and moments.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep everything in this folder, which must be new.")
@@ -50,10 +63,35 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
     """
     if out is not None and out.exists():
         raise ConfigError("the folder exists", str(out), "name a new one with --out")
+    os.environ.update(LOOPBACK)
+    from esrl_ray.cli.local import local_run, own_folder
+
     folder = (out or Path(tempfile.mkdtemp(prefix="esrl-chaos-"))).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    passed = COMMIT_POINTS if "learner" in kinds else tuple(Point)
+    planned = plan(kinds, round(seconds / FAULT_S) if faults is None else faults, seed=seed, passed=passed)
     try:
-        report = _run(folder, seconds=seconds, events=events, kinds=kinds, faults=faults, seed=seed)
+        with (
+            own_folder(folder) as lock,
+            local_run(folder, lock) as run,
+            EmbeddedBroker.start(folder / "broker", say=say) as broker,
+            ExitStack() as stack,
+        ):
+            config = chaos_config(folder, broker.bootstrap_servers, capacity=max(100, events // 25))
+            fleet: Fleet
+            if "learner" in kinds:
+                from esrl_ray.cli.chaos.actor_fleet import ActorFleet
+                from esrl_ray.cli.local import start_ray
+                from serve.app import serve_environment
+
+                start_ray(run, serve_environment(run.temporary / "ha"))
+                fleet = ActorFleet(config, folder, with_learner=True)
+            else:
+                fleet = ProcessFleet(config, folder)
+            stack.callback(fleet.end)
+            phases = max(2, -(-events // PHASE_EVENTS))
+            load = generate(config, seed=seed, num_events=events, num_phases=phases, start_ms=clock_ms())
+            say(f"{load.count().total() // 2:,} records in {phases} phases, {len(planned)} faults, seed {seed}")
+            report = run_chaos(load, planned, broker, fleet, seconds=seconds, seed=seed, say=say)
     finally:
         if out is None:
             shutil.rmtree(folder)
@@ -64,36 +102,23 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
         raise LoopError(f"{len(report.problems)} things are not as without faults: {'; '.join(report.problems)}")
 
 
-def _run(folder: Path, *, seconds: float, events: int, kinds: list[Kind], faults: int | None, seed: int) -> Report:
-    planned = plan(kinds, round(seconds / FAULT_S) if faults is None else faults, seed=seed)
-    with EmbeddedBroker.start(folder / "broker", say=_say) as broker:
-        config = chaos_config(folder, broker.bootstrap_servers, capacity=max(100, events // 25))
-        phases = max(2, -(-events // PHASE_EVENTS))
-        load = generate(config, seed=seed, num_events=events, num_phases=phases, start_ms=clock_ms())
-        _say(f"{sum(map(len, load.phases)) + len(load.before):,} records in {phases} phases, {len(planned)} faults, seed {seed}")
-        fleet = ProcessFleet(config, folder)
-        try:
-            return run_chaos(config, load, planned, broker, fleet, seconds=seconds, seed=seed, say=_say)
-        finally:
-            fleet.end()
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line for people on stderr."""
     click.echo(text, err=True)
 
 
 def _tell(report: Report) -> None:
     """The report for people."""
-    _say(f"{report.num_kills} faults: " + ", ".join(f"{name} {n}" for name, n in sorted(report.kills.items())))
+    say(f"{report.num_kills} faults: " + ", ".join(f"{name} {n}" for name, n in sorted(report.kills.items())))
     if report.not_reached:
-        _say(f"not reached: {', '.join(report.not_reached)}")
-    _say("back after at most: " + ", ".join(f"{part} {seconds} s" for part, seconds in report.recovery_s.items()))
+        say(f"not reached: {', '.join(report.not_reached)}")
+    say("back after at most: " + ", ".join(f"{part} {seconds} s" for part, seconds in report.recovery_s.items()))
     steps, letters = report.steps, report.dead_letters
-    _say(
+    say(
         f"{steps.steps} steps: lost {len(steps.lost)}, added {len(steps.added)}, doubled {len(steps.doubled)}, changed {len(steps.changed)}"
     )
     for topic, buckets in report.ledger.items():
-        _say(f"{topic}: " + ", ".join(f"{bucket} {n}" for bucket, n in buckets.items() if n))
-    _say(f"dead letters: sent {letters['sent']}, unique {letters['unique']}, further copies {letters['copies']}")
+        say(f"{topic}: " + ", ".join(f"{bucket} {n}" for bucket, n in buckets.items() if n))
+    say(f"dead letters: sent {letters['sent']}, unique {letters['unique']}, further copies {letters['copies']}")
     for problem in report.problems:
-        _say(f"PROBLEM  {problem}")
+        say(f"PROBLEM  {problem}")

@@ -8,18 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from esrl_ray.cli.chaos import points
+from esrl_ray.cli.chaos.fleet import Fleet
 from esrl_ray.cli.chaos.points import Point
 from esrl_ray.cli.chaos.processes import REFUSED, ProcessFleet
 from esrl_ray.cli.clock import clock_ms
+from esrl_ray.errors import LoopError
 from streaming.broker import EmbeddedBroker
 
 Kind = Literal["ingest", "replay", "broker", "learner", "zombie"]
-KINDS: tuple[Kind, ...] = ("ingest", "replay", "broker", "learner", "zombie")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 RANDOM, DOWN = "at_random", "down_10_s"
 ZOMBIE_POINTS = (Point.BEFORE_STATE, Point.DURING_STATE, Point.BEFORE_DELTA, Point.BEFORE_PUBLICATION)
 DELAYED = {Point.DURING_DELTA: (5, 60), Point.DURING_COMPACTION: (5, 60), Point.DURING_CHECKPOINT: (2, 20)}
@@ -34,31 +36,18 @@ class Fault(NamedTuple):
     when: str  # a point, `at_random`, or how long
 
 
-class Fleet(Protocol):
-    """What faults need of the parts that run."""
+def plan(kinds: Sequence[Kind], num_faults: int, *, seed: int, passed: Sequence[Point] = tuple(Point)) -> list[Fault]:
+    """Faults in an order drawn from the seed: every kind and every point, then all of them again in another order, as far as they go.
 
-    workers: list[str]
-    shards: list[str]
-    restarts_itself: bool
-
-    def start(self, name: str) -> None:
-        """Start it, or wait until it has started itself; returns when it answers."""
-
-    def status(self, name: str) -> dict[str, Any] | None:
-        """Of one part; None while it does not answer."""
-
-    def pid(self, name: str) -> int:
-        """Process id."""
-
-    def wait_dead(self, name: str, timeout_s: float) -> bool:
-        """Wait until the process has ended."""
-
-
-def plan(kinds: Sequence[Kind], num_faults: int, *, seed: int) -> list[Fault]:
-    """Faults in an order drawn from the seed: every kind and every point once, and then again at random, as far as they go."""
+    Args:
+        kinds: Of faults.
+        num_faults: How many.
+        seed: Of the order.
+        passed: Points that the workers pass.
+    """
     rng = np.random.default_rng([seed, 1])
     once = {
-        "ingest": [Fault("ingest", point) for point in Point] + [Fault("ingest", RANDOM)] * 3,
+        "ingest": [Fault("ingest", point) for point in passed] + [Fault("ingest", RANDOM)] * 3,
         "replay": [Fault("replay", RANDOM)] * 4,
         "broker": [Fault("broker", RANDOM)] * 3 + [Fault("broker", DOWN)],
         "learner": [Fault("learner", RANDOM)] * 3,
@@ -78,14 +67,12 @@ class Faults:
     Args:
         fleet: The parts.
         broker: Killed and restarted on the same port and data.
-        folder: Where orders to workers stand.
         seed: Of victims and moments.
         say: Told about each.
     """
 
     fleet: Fleet
     broker: EmbeddedBroker
-    folder: Any
     seed: int
     say: Callable[[str], None]
     kills: Counter[str] = field(default_factory=Counter)
@@ -118,7 +105,7 @@ class Faults:
         else:
             point = Point(fault.when)
             delay_ms = int(self._rng.integers(*DELAYED[point])) if point in DELAYED else 0
-            points.arm(self.folder, worker, point, delay_ms=delay_ms)
+            points.arm(self.fleet.folder, worker, point, delay_ms=delay_ms)
             if not self._passes(worker):
                 return False
         self.deaths.append((worker, clock_ms()))
@@ -127,15 +114,17 @@ class Faults:
 
     def _passes(self, worker: str) -> bool:
         deadline = time.monotonic() + POINT_S
-        while not points.passed(self.folder, worker):
+        while not points.passed(self.fleet.folder, worker):
             if time.monotonic() > deadline:
-                points.disarm(self.folder, worker)
+                points.disarm(self.fleet.folder, worker)
                 return False
             time.sleep(0.02)
         return True
 
     def _part(self, fault: Fault) -> bool:
-        name = "learner" if fault.kind == "learner" else self._one_of(self.fleet.shards)
+        name = self._one_of(self.fleet.shards if fault.kind == "replay" else self.fleet.others)
+        if fault.kind == "learner":
+            self._learns(name)
         os.kill(self.fleet.pid(name), signal.SIGKILL)
         self._comes_back(name)
         return True
@@ -143,12 +132,20 @@ class Faults:
     def _comes_back(self, name: str) -> None:
         began = time.monotonic()
         if not self.fleet.wait_dead(name, RECOVERY_S):
-            raise RuntimeError(f"{name} did not die")
+            raise LoopError(f"{name} did not die")
         if not self.fleet.restarts_itself:
             time.sleep(float(self._rng.uniform(0.0, 1.0)))
         self.fleet.start(name)
         kind = name.split("-", maxsplit=1)[0]
         self.answers_s[kind] = max(self.answers_s.get(kind, 0.0), time.monotonic() - began)
+
+    def _learns(self, name: str) -> None:
+        """Wait until the training loop has made gradient steps in its present process."""
+        deadline = time.monotonic() + RECOVERY_S
+        while not (status := self.fleet.status(name)) or status["steps_per_s"] <= 0:
+            if time.monotonic() > deadline:
+                raise LoopError(f"the learner made no gradient step within {RECOVERY_S:.0f} s: {status}")
+            time.sleep(0.2)
 
     def _broker(self, fault: Fault) -> bool:
         began = time.monotonic()
@@ -163,7 +160,7 @@ class Faults:
         """Stop a worker in the middle of a commit, let a successor of the same name commit, and let the first one go on."""
         assert isinstance(self.fleet, ProcessFleet)
         worker = self._one_of(self.fleet.workers)
-        points.arm(self.folder, worker, Point(fault.when), how="stop")
+        points.arm(self.fleet.folder, worker, Point(fault.when), how="stop")
         if not self._passes(worker):
             return False
         old = self.fleet.set_aside(worker)
@@ -176,7 +173,7 @@ class Faults:
         reason = next((line for line in reversed(self.fleet.said(worker, 200).splitlines()) if f"{worker} ended: " in line), "")
         self.zombies.append(f"{fault.when}: exit status {status}, {reason or 'no reason'}")
         if status != REFUSED or "Fenced" not in reason:
-            raise RuntimeError(f"a zombie was not fenced: {self.zombies[-1]}")
+            raise LoopError(f"a zombie was not fenced: {self.zombies[-1]}")
         return True
 
     def _commit(self, worker: str) -> int:

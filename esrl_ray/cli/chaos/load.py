@@ -88,11 +88,10 @@ def generate(config: Config, *, seed: int, num_events: int, num_phases: int, sta
     num_partitions = config.kafka.num_partitions
     idle, active = num_partitions - 2, range(num_partitions - 2)
     begin_ms = start_ms + AHEAD_MS
-    end_ms = begin_ms + 1000 * num_events // EVENTS_PER_S
     sessions = _Sessions(config, rng)
     number, made, at_ms, every_ms = 0, _Made(), float(begin_ms), 1000 * EVENTS_PER_SESSION / EVENTS_PER_S
-    while at_ms < end_ms:
-        wanted = active if at_ms < (begin_ms + end_ms) / 2 else active[:-1]
+    while len(made.planned) < num_events:
+        wanted = active if len(made.planned) < num_events / 2 else active[:-1]
         number = _next_session(number + 1, wanted, num_partitions)
         sessions.make(made, number, round(at_ms))
         at_ms += float(rng.exponential(every_ms))
@@ -103,7 +102,7 @@ def generate(config: Config, *, seed: int, num_events: int, num_phases: int, sta
     planned = [*made.planned, *_duplicates(made.planned, rng)]
     planned += _poison(config, rng, planned, active)
     planned.sort(key=lambda p: p.arrival_ms)
-    cuts = np.linspace(begin_ms, max(end_ms, planned[-1].arrival_ms) + 1, num_phases + 1)
+    cuts = np.linspace(begin_ms, at_ms, num_phases + 1)[:-1]  # what comes after the last session began belongs to the last
     phases: list[list[Planned]] = [[] for _ in range(num_phases)]
     for p in planned:
         phases[int(np.searchsorted(cuts, p.arrival_ms, side="right")) - 1].append(p)

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 
 from esrl_ray.cli.chaos import points
+from esrl_ray.cli.chaos.fleet import START_S
 from esrl_ray.cli.chaos.remote import AUTH, Remote, end_with_parent, serve, start
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
-from esrl_ray.errors import EsrlError
+from esrl_ray.errors import EsrlError, LoopError
 from esrl_ray.ports import free_ports
 from esrl_ray.replay.buffer import ReplayBuffer
 from streaming.deadletter import DeadLetters
@@ -38,7 +39,6 @@ MODULE = "esrl_ray.cli.chaos.processes"
 REFUSED = 3
 """Exit status of a worker that ended with a known error, such as being fenced."""
 COMPACT_EVERY = 6  # commits
-START_S = 90.0
 
 
 def log_root(config: Config) -> Path:
@@ -149,6 +149,7 @@ class ProcessFleet:
     def __init__(self, config: Config, folder: Path) -> None:
         self.workers = [f"ingest-{i}" for i in range(config.ingest.num_workers)]
         self.shards = [f"replay-{i}" for i in range(config.replay.num_shards)]
+        self.others: list[str] = []
         self.folder = folder
         self.config, self._key = config, secrets.token_bytes(16)
         self._ports = dict(zip(self.shards, free_ports(len(self.shards)), strict=True))
@@ -161,7 +162,7 @@ class ProcessFleet:
         """Start one and wait until it answers.
 
         Raises:
-            RuntimeError: it ended, with the end of what it said.
+            LoopError: it ended, with the end of what it said.
         """
         if name in self.shards:
             port, arguments = self._ports[name], [name]
@@ -175,7 +176,7 @@ class ProcessFleet:
         deadline = time.monotonic() + START_S
         while self.status(name) is None:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{name} does not come up, exit status {process.poll()}: {self.said(name)}")
+                raise LoopError(f"{name} does not come up, exit status {process.poll()}: {self.said(name)}")
             time.sleep(0.05)
 
     def status(self, name: str) -> dict[str, Any] | None:
@@ -210,7 +211,7 @@ class ProcessFleet:
         """The last lines of what the processes of this name printed."""
         return "\n".join((self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
-    def ask(self, name: str, method: str, *args: Any, timeout_s: float = 120.0) -> Any:
+    def ask(self, name: str, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method of a part.
 
         Raises:

@@ -13,15 +13,18 @@ from kafka import KafkaConsumer, TopicPartition
 
 from esrl_ray.cli.chaos.compare import Report, compare_steps, problems_of, shard_differences, tail_of
 from esrl_ray.cli.chaos.faults import Fault, Faults
+from esrl_ray.cli.chaos.fleet import Fleet
 from esrl_ray.cli.chaos.load import Load
-from esrl_ray.cli.chaos.processes import ProcessFleet, log_root
+from esrl_ray.cli.chaos.processes import log_root
 from esrl_ray.cli.chaos.producing import Producing
 from esrl_ray.cli.chaos.reference import Ends, fault_free, read_topics
 from esrl_ray.config import (
     Config,
+    ExplorationConfig,
     IngestConfig,
     JoinConfig,
     KafkaConfig,
+    LearnerConfig,
     ReplayConfig,
     RunConfig,
     SpecConfig,
@@ -56,15 +59,16 @@ def chaos_config(folder: Path, bootstrap_servers: str, *, capacity: int) -> Conf
         join=JoinConfig(dedup_s=60.0, max_ahead_s=30 * 86_400.0),
         ingest=IngestConfig(num_workers=2, commit_interval_s=0.3, max_poll_records=500),
         replay=ReplayConfig(num_shards=2, capacity=capacity, min_size=100),
+        learner=LearnerConfig(batch_size=16, updates_per_call=2, hidden_sizes=(16,), checkpoint_interval_s=2.0),
+        exploration=ExplorationConfig(warmup_steps=200, round_steps=1_000),
     )
 
 
 def run_chaos(
-    config: Config,
     load: Load,
     faults: Sequence[Fault],
     broker: EmbeddedBroker,
-    fleet: ProcessFleet,
+    fleet: Fleet,
     *,
     seconds: float,
     seed: int,
@@ -73,8 +77,7 @@ def run_chaos(
     """Send a load while parts die; then compare what is left with the run without faults.
 
     Args:
-        config: Of `chaos_config`.
-        load: Generated for it.
+        load: Generated for the fleet's configuration.
         faults: In order, spread over the time.
         broker: Of this run alone: it is killed.
         fleet: Not started yet.
@@ -83,13 +86,14 @@ def run_chaos(
         say: Told about progress.
 
     Raises:
-        EsrlError, RuntimeError: the run did not come to its end.
+        EsrlError: the run did not come to its end.
     """
+    config = fleet.config
     ensure_topics(config.kafka)
     producing = Producing(config.kafka, load, seconds=seconds, barrier=lambda ends: _wait_committed(fleet, ends))
-    doing = Faults(fleet, broker, fleet.folder, seed, say)
+    doing = Faults(fleet, broker, seed, say)
     producing.send_before()
-    for name in (*fleet.shards, *fleet.workers):
+    for name in (*fleet.shards, *fleet.workers, *fleet.others):
         fleet.start(name)
     began = time.monotonic()
     producing.start()
@@ -108,7 +112,7 @@ def run_chaos(
     _wait_committed(fleet, ends)
     _wait_idle_partition(fleet, load)
     statuses = [_drain(fleet, name, ends) for name in fleet.workers]
-    return _report(config, load, fleet, producing, doing, ends, statuses, seed=seed, took_s=took_s)
+    return _report(load, fleet, producing, doing, ends, statuses, seed=seed, took_s=took_s)
 
 
 def _wait(what: str, true: Callable[[], bool], timeout_s: float) -> None:
@@ -119,7 +123,7 @@ def _wait(what: str, true: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.1)
 
 
-def _wait_committed(fleet: ProcessFleet, ends: Ends) -> None:
+def _wait_committed(fleet: Fleet, ends: Ends) -> None:
     """Wait until every worker has committed up to these offsets: its status is as of its last commit."""
 
     def committed() -> bool:
@@ -131,7 +135,7 @@ def _wait_committed(fleet: ProcessFleet, ends: Ends) -> None:
     _wait("the workers' commits reached the end", committed, BARRIER_S)
 
 
-def _wait_idle_partition(fleet: ProcessFleet, load: Load) -> None:
+def _wait_idle_partition(fleet: Fleet, load: Load) -> None:
     """Wait until the clock has moved the idle partition's watermark past all that is in it."""
 
     def moved() -> bool:
@@ -141,7 +145,7 @@ def _wait_idle_partition(fleet: ProcessFleet, load: Load) -> None:
     _wait("the watermark of the idle partition followed the clock", moved, BARRIER_S)
 
 
-def _drain(fleet: ProcessFleet, name: str, ends: Ends) -> dict[str, Any]:
+def _drain(fleet: Fleet, name: str, ends: Ends) -> dict[str, Any]:
     until = {f"{topic}/{p}": end for (topic, p), end in ends.items()}
     while True:
         try:
@@ -153,9 +157,8 @@ def _drain(fleet: ProcessFleet, name: str, ends: Ends) -> dict[str, Any]:
 
 
 def _report(
-    config: Config,
     load: Load,
-    fleet: ProcessFleet,
+    fleet: Fleet,
     producing: Producing,
     doing: Faults,
     ends: Ends,
@@ -164,7 +167,8 @@ def _report(
     seed: int,
     took_s: float,
 ) -> Report:
-    root, planned = log_root(config), load.count()
+    config, planned = fleet.config, load.count()
+    root = log_root(config)
     expected, expected_ledger, refused = fault_free(config, read_topics(config.kafka, ends), producing.barriers)
     logs = {name: [rows for _, rows in read_commits(root, name)] for name in fleet.workers}
     steps = read_steps(root)
@@ -179,7 +183,7 @@ def _report(
         workers = fleet.workers[i :: len(fleet.shards)]
         tail = [step_id for name in workers for step_id in tail_of(logs[name], config.replay.capacity)]
         lineage = {name: len(logs[name]) - 1 for name in workers}
-        shards[shard] = shard_differences(fleet.ask(shard, "contents", tail), tail, steps, lineage)
+        shards[shard] = shard_differences(fleet.ask(shard, "contents", tail, timeout_s=DRAIN_S), tail, steps, lineage)
     in_topics: Counter[str] = Counter()
     for (topic, _), end in ends.items():
         in_topics[DECISIONS if topic == config.kafka.decisions_topic else FEEDBACK] += end
