@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationErr
 
 from esrl_ray.errors import ConfigError
 from esrl_ray.reward import RewardConfig
+from esrl_ray.secret import ENVIRONMENT, Key, Keys, add_secrets
 from esrl_ray.section import Section
 from esrl_ray.spec import CategoricalFeature, Spec
 
@@ -96,12 +97,32 @@ class KafkaConfig(Section):
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="Kafka's setting of that name."
     )
-    sasl_mechanism: str | None = Field(None, description="Kafka's setting of that name.")
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(None, description="Kafka's setting of that name.")
     sasl_username: str | None = Field(None, description="Kafka's setting of that name.")
-    sasl_password: SecretStr | None = Field(None, description="Secret; set it by the environment variable ESRL_KAFKA_PASSWORD.")
+    sasl_password: SecretStr | None = Field(None, description="Secret, from ESRL_KAFKA_PASSWORD.")
+    ssl_cafile: str | None = Field(None, description="PEM file with whom to trust as the broker's authority; none: the system's.")
+    ssl_certfile: str | None = Field(None, description="PEM file with our certificate, for a broker that asks for one (mTLS).")
+    ssl_keyfile: str | None = Field(None, description="PEM file with its private key; none: it is in ssl_certfile.")
+    ssl_key_password: SecretStr | None = Field(
+        None, description="Secret that the private key is locked with, from ESRL_KAFKA_KEY_PASSWORD."
+    )
+    ssl_check_hostname: bool = Field(True, description="The broker's certificate must be for the name that we connect to.")
     max_dead_letter_share: float = Field(
         0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused."
     )
+
+    @model_validator(mode="after")
+    def _protocol(self) -> Self:
+        logs_in, encrypts = self.security_protocol.startswith("SASL"), self.security_protocol.endswith("SSL")
+        for needed, names in ((logs_in, ("sasl_mechanism", "sasl_username")), (encrypts, ("ssl_cafile", "ssl_certfile", "ssl_keyfile"))):
+            if not needed and (given := [name for name in names if getattr(self, name) is not None]):
+                what = "does not encrypt: SSL or SASL_SSL do" if names[0] == "ssl_cafile" else "logs nobody in: SASL_SSL does"
+                raise ValueError(f"{given[0]} is set, but security_protocol {self.security_protocol} {what}")
+        if logs_in and (missing := [name for name in ("sasl_mechanism", "sasl_username") if getattr(self, name) is None]):
+            raise ValueError(f"security_protocol {self.security_protocol} needs {' and '.join(missing)}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile is set without ssl_certfile")
+        return self
 
 
 class JoinConfig(Section):
@@ -258,7 +279,14 @@ class ServeConfig(Section):
     list_size: Positive = Field(5, description="Shown pairs when the request does not say [l].")
     num_unshown: int = Field(10, ge=0, description="Unshown candidates drawn at random into the decision [K].")
     max_candidates: Positive = Field(500, description="Larger requests are refused.")
-    bearer_token: SecretStr | None = Field(None, description="Needed for /v1 when set; environment variable ESRL_BEARER_TOKEN.")
+    bearer_token: SecretStr | None = Field(None, description="Secret, needed for /v1 when set; from ESRL_BEARER_TOKEN.")
+    decision_keys: Keys = Field(
+        (), description="Secrets, from ESRL_DECISION_KEYS: the first signs decision_ids, ingestion accepts those signed with any of them."
+    )
+    user_key: Key | None = Field(
+        None,
+        description="Secret, from ESRL_USER_KEY: user ids are logged as keyed hashes. It changes who is in which arm; never change it.",
+    )
 
 
 class SimulationConfig(Section):
@@ -352,9 +380,12 @@ class Config(Section):
         shown: dict[str, Any] = json.loads(self.model_dump_json())
         return shown
 
-
-ENVIRONMENT = {"ESRL_KAFKA_PASSWORD": "kafka.sasl_password", "ESRL_BEARER_TOKEN": "serve.bearer_token"}
-"""Environment variables that carry secrets, and the keys that they set."""
+    def without_secrets(self) -> Config:
+        """The same, fit to be written down."""
+        gone: dict[str, dict[str, Any]] = {}
+        for section, name in (key.split(".") for key in ENVIRONMENT.values()):
+            gone.setdefault(section, {})[name] = type(getattr(self, section)).model_fields[name].default
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values) for section, values in gone.items()})
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -392,7 +423,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, envir
     Args:
         path: YAML file; None means defaults only.
         overrides: `section.key=value` texts, applied in order; values are YAML.
-        environment: Variables that may carry secrets (`ENVIRONMENT`).
+        environment: Variables that may carry secrets (`esrl_ray.secret.ENVIRONMENT`).
 
     Returns:
         The validated, frozen configuration.
@@ -418,11 +449,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, envir
         try:
             _set(tree, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {key.strip()} is not valid YAML: {value!r}", "--set") from error
+            raise ConfigError(f"the value of {key.strip()} is not valid YAML", "--set") from error
         where += f" + --set {key.strip()}"
-    for name, key in ENVIRONMENT.items():
-        if environment and (secret := environment.get(name)):
-            _set(tree, key, secret)
+    add_secrets(tree, environment or {})
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -78,8 +78,8 @@ class _PortTakenError(Exception):
 class EmbeddedBroker:
     """One Kafka broker as a child process, on loopback: made by `start`, ended by `stop` or `with`."""
 
-    def __init__(self, folder: Path, wanted_ports: tuple[int, int], jars: list[Path]) -> None:
-        self._folder, self._wanted, self._jars = folder, wanted_ports, jars
+    def __init__(self, folder: Path, wanted_ports: tuple[int, int], jars: list[Path], properties: str) -> None:
+        self._folder, self._wanted, self._jars, self._properties = folder, wanted_ports, jars, PROPERTIES + properties
         self._ports = (0, 0)
         self._process: subprocess.Popen[bytes] | None = None
         self._dead = threading.Event()
@@ -87,7 +87,14 @@ class EmbeddedBroker:
 
     @classmethod
     def start(
-        cls, folder: Path, *, port: int = 0, controller_port: int = 0, say: Say = lambda _: None, jar_cache: Path | None = None
+        cls,
+        folder: Path,
+        *,
+        port: int = 0,
+        controller_port: int = 0,
+        say: Say = lambda _: None,
+        jar_cache: Path | None = None,
+        properties: str = "",
     ) -> EmbeddedBroker:
         """Start on a folder, which may hold the data of an earlier run, and wait until it answers.
 
@@ -97,11 +104,12 @@ class EmbeddedBroker:
             controller_port: Of its controller; 0 takes a free one.
             say: Told about the first fetch of the jars.
             jar_cache: Folder of the jars; default the user's cache.
+            properties: Lines after `PROPERTIES`, with the same fields; the later line of a key counts. The listener PLAINTEXT must stay.
 
         Raises:
             BrokerError: a port is in use, a jar is missing or wrong, or the broker ends or does not answer; with the tail of its log.
         """
-        broker = cls(folder.resolve(), (port, controller_port), class_path(cache=jar_cache, say=say))
+        broker = cls(folder.resolve(), (port, controller_port), class_path(cache=jar_cache, say=say), properties)
         broker._start()
         return broker
 
@@ -173,7 +181,9 @@ class EmbeddedBroker:
         folder, data, properties = self._folder, self._folder / "data", self._folder / "server.properties"
         port, controller_port = self._ports
         properties.write_text(
-            PROPERTIES.format(host=LOOPBACK, port=port, controller_port=controller_port, data=data, max_bytes=MAX_EVENT_BYTES + 2**16),
+            self._properties.format(
+                host=LOOPBACK, port=port, controller_port=controller_port, data=data, max_bytes=MAX_EVENT_BYTES + 2**16
+            ),
             encoding="utf-8",
         )
         java = [

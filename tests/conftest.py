@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """kafka-python 3.0.12 drops the socket of a refused connection without closing it; everything else stays an error."""
-    config.addinivalue_line("filterwarnings", "ignore:unclosed <socket.socket:ResourceWarning")
+    """kafka-python 3.0.12 drops the socket of a refused connection or handshake without closing it; everything else stays an error."""
+    config.addinivalue_line("filterwarnings", "ignore:unclosed <(socket.socket|ssl.SSLSocket):ResourceWarning")
     config.addinivalue_line("filterwarnings", "ignore:(read|open)_text is deprecated:DeprecationWarning")
 
 

@@ -77,7 +77,7 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
         """
         super().training(**{name: settings.pop(name) for name in STOCK if name in settings})
         if deployment is not NotProvided:
-            self.deployment = _without_secrets(deployment)
+            self.deployment = deployment.without_secrets()
         for name in settings:
             if name not in SETTINGS:
                 near = difflib.get_close_matches(name, SETTINGS, 1) or [f"none of {', '.join(SETTINGS)}"]
@@ -98,7 +98,7 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
             ConfigError: values that do not go together.
         """
         chosen = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
-        sections = {name: getattr(_without_secrets(self.deployment), name) for name in Config.model_fields}
+        sections = {name: getattr(self.deployment.without_secrets(), name) for name in Config.model_fields}
         try:
             learner = LearnerConfig.model_validate(self.deployment.learner.model_dump() | chosen)
             self.deployment = Config.model_validate(sections | {"learner": learner})
@@ -126,12 +126,6 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         """The networks of the deployment."""
         return RLModuleSpec(module_class=EnhancedRLModule, model_config={DEPLOYMENT: self.deployment})
-
-
-def _without_secrets(deployment: Config) -> Config:
-    kafka = deployment.kafka.model_copy(update={"sasl_password": None})
-    serve = deployment.serve.model_copy(update={"bearer_token": None})
-    return deployment.model_copy(update={"kafka": kafka, "serve": serve})
 
 
 def _config_error(error: ValidationError, where: str) -> ConfigError:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from esrl_ray.cli.config import config_group
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
+from esrl_ray.secret import ENVIRONMENT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEPLOYMENTS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "serve.yaml")
@@ -172,6 +173,53 @@ def test_secrets_come_from_the_environment_and_are_never_shown() -> None:
     assert config.serve.bearer_token is not None and config.serve.bearer_token.get_secret_value() == "s3cret"
     for text in (repr(config), str(config), json.dumps(config.shown()), config.model_dump_json()):
         assert "hunter2" not in text and "s3cret" not in text
+
+
+def test_secrets_come_from_files_too_and_several_keys_from_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("the-new-signing-key\nthe-old-signing-key\n")
+    config = load_config(None, environment={"ESRL_DECISION_KEYS_FILE": str(tmp_path / "keys")})
+    assert [key.get_secret_value() for key in config.serve.decision_keys] == ["the-new-signing-key", "the-old-signing-key"]
+    assert config.without_secrets() == Config() == load_config(None, environment=SECRETS).without_secrets()
+    with pytest.raises(ConfigError, match=r"ESRL_USER_KEY_FILE names /nowhere, which cannot be read.*serve\.user_key"):
+        load_config(None, environment={"ESRL_USER_KEY_FILE": "/nowhere"})
+    with pytest.raises(ConfigError, match="ESRL_USER_KEY and ESRL_USER_KEY_FILE are both set"):
+        load_config(None, environment={"ESRL_USER_KEY_FILE": "/nowhere", "ESRL_USER_KEY": "k" * 16})
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_a_secret_in_a_file_an_argument_or_an_error_is_refused_and_not_shown(tmp_path: Path, name: str) -> None:
+    key = ENVIRONMENT[name]
+    section, field = key.split(".")
+    file = written(tmp_path, f"{section}: {{{field}: marker-marker-marker}}")
+    for path, overrides in ((file, []), (None, [f"{key}=marker-marker-marker"]), (None, [f"{key}=[marker-marker-marker"])):
+        with pytest.raises(ConfigError, match=key) as caught:
+            load_config(path, overrides)
+        assert "marker" not in str(caught.value)
+    result = CliRunner().invoke(config_group, ["show"], env={name: "marker-marker-marker"})
+    assert result.exit_code == 0 and "marker" not in result.output
+
+
+def test_short_keys_are_refused_and_not_shown() -> None:
+    for name in ("ESRL_DECISION_KEYS", "ESRL_USER_KEY"):
+        with pytest.raises(ConfigError, match="at least 16") as caught:
+            load_config(None, environment={name: "marker"})
+        assert "marker" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["security_protocol=SASL_SSL"], "SASL_SSL needs sasl_mechanism and sasl_username"),
+        (["security_protocol=SASL_SSL", "sasl_mechanism=PLAIN"], "SASL_SSL needs sasl_username"),
+        (["security_protocol=SASL_SSL", "sasl_mechanism=PLAYN"], "sasl_mechanism.*PLAIN"),
+        (["sasl_mechanism=PLAIN"], "sasl_mechanism is set, but security_protocol PLAINTEXT logs nobody in"),
+        (["security_protocol=SASL_PLAINTEXT", "sasl_mechanism=PLAIN", "sasl_username=u", "ssl_cafile=x"], "ssl_cafile.*does not encrypt"),
+        (["security_protocol=SSL", "ssl_keyfile=x"], "ssl_keyfile is set without ssl_certfile"),
+    ],
+)
+def test_settings_of_kafka_that_do_not_go_together_are_refused(settings: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(None, [f"kafka.{setting}" for setting in settings])
 
 
 def test_an_error_does_not_show_a_secret() -> None:
