@@ -73,6 +73,7 @@ class Refusal(StrEnum):
     FAR_FUTURE = "far-future"
     KEY_MISMATCH = "key-mismatch"
     WRONG_PARTITION = "wrong-partition"
+    NOT_SIGNED = "not-signed"  # with a key of serve.decision_keys
 
 
 class Round(msgspec.Struct, frozen=True):

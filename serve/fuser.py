@@ -27,6 +27,7 @@ from esrl_ray.exploration import arm_of, exploration_noise, hash64, splitmix64
 from esrl_ray.fusion import fused_scores
 from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.policy.store import PolicySnapshot
+from esrl_ray.secret import pseudonym
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Arm, Floats, Round
 from serve.schemas import FuseReply, Parsed
@@ -101,7 +102,8 @@ def decide(parsed: Parsed, served: Served, config: Config, *, decision_id: str, 
     """
     request = parsed.request
     item_ids = [candidate.item_id for candidate in request.candidates]
-    arm = arm_of(request.user_id, config.exploration)
+    user_id = pseudonym(request.user_id, config.serve.user_key)
+    arm = arm_of(user_id, config.exploration)  # of the id in the log: who reads it must find the same arm
     actions, fused, anchor_actions = _ranked(parsed, served, config, arm=arm, decision_id=decision_id, item_ids=item_ids)
     order = np.argsort(-fused, kind="stable")
     logged = np.concatenate(
@@ -124,7 +126,7 @@ def decide(parsed: Parsed, served: Served, config: Config, *, decision_id: str, 
         decision_id=decision_id,
         request_id=request.request_id,
         session_id=request.session_id,
-        user_id=request.user_id,
+        user_id=user_id,
         event_time_ms=now_ms,
         policy_version=served.current.version,
         round=served.round.number,

@@ -20,6 +20,7 @@ import ray.exceptions
 from esrl_ray.config import Config
 from esrl_ray.errors import LoopError, PolicyRejected, RequestError
 from esrl_ray.policy.store import PolicySnapshot, read_snapshot
+from esrl_ray.secret import signed
 from esrl_ray.telemetry import Telemetry, log_change
 from serve.fuser import Served, decide
 from serve.schemas import FuseReply, PolicyReply, SwapTime, parse
@@ -162,7 +163,8 @@ class Replica:
         except RequestError:
             self._refused += 1
             raise
-        reply, decision = decide(parsed, served, self.config, decision_id=self._new_id(), now_ms=self._clock_ms())
+        decision_id = signed(self._new_id(), parsed.request.session_id, self.config.serve.decision_keys)
+        reply, decision = decide(parsed, served, self.config, decision_id=decision_id, now_ms=self._clock_ms())
         self._producer.send(decision)
         self._decisions += 1
         return reply

@@ -22,12 +22,13 @@ from kafka.partitioner.default import murmur2
 
 from esrl_ray.config import Config
 from esrl_ray.errors import StreamError, WireError
+from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
 from streaming.sessions import SessionJoiner
 from streaming.source import Record
 from streaming.steplog import WorkerState, rows_to_table
-from streaming.wire import LEAVE, SHOWN, DecodedDecision, Feedback, decode_decision, decode_feedback
+from streaming.wire import LEAVE, SHOWN, Decision, DecodedDecision, Feedback, decode_decision, decode_feedback
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class IngestWorker:
     ) -> None:
         self._config, self._worker, self._partitions = config, worker, sorted(partitions)
         self._log, self._dead_letters, self._publish, self._clock_ms = log, dead_letters, publish, clock_ms
-        self._spec = config.spec.build()
+        self._spec, self._keys = config.spec.build(), config.serve.decision_keys
         self._behaviours = {SHOWN, LEAVE, *(b.name for b in config.reward.behaviours)}
         self._num_partitions = config.kafka.num_partitions
         self._max_ahead_ms = round(config.join.max_ahead_s * 1000)
@@ -278,14 +279,14 @@ class IngestWorker:
             try:
                 if record.topic == decisions_topic:
                     decoded = decode_decision(record.value, self._spec, record.content_type)
-                    self._check(record, decoded.event.session_id, decoded.event.event_time_ms, latest_ms)
+                    self._check(record, decoded.event, latest_ms)
                     decisions[record.partition].append((record.offset, decoded))
                 else:
                     event = decode_feedback(record.value, record.content_type)
                     if event.behaviour not in self._behaviours:
                         text = f"behaviour {event.behaviour!r} is not declared in reward.behaviours"
                         raise WireError(text, Refusal.UNDECLARED_BEHAVIOUR)
-                    self._check(record, event.session_id, event.event_time_ms, latest_ms)
+                    self._check(record, event, latest_ms)
                     feedback[record.partition].append((record.offset, event))
                 num_passed += 1
             except WireError as error:
@@ -299,12 +300,13 @@ class IngestWorker:
         for partition in decisions.keys() | feedback.keys():
             self._joiners[partition].push(decisions[partition], feedback[partition])
 
-    def _check(self, record: Record, session_id: str, event_time_ms: int, latest_ms: int) -> None:
-        """Refuse what stands in the wrong place or time.
+    def _check(self, record: Record, event: Decision | Feedback, latest_ms: int) -> None:
+        """Refuse what stands in the wrong place or time, or does not come from a decision of ours.
 
         Raises:
             WireError: with the reason for the dead letter.
         """
+        session_id, event_time_ms = event.session_id, event.event_time_ms
         if event_time_ms > latest_ms:
             ahead_ms = event_time_ms - latest_ms + self._max_ahead_ms
             raise WireError(
@@ -319,6 +321,9 @@ class IngestWorker:
                 f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}",
                 Refusal.WRONG_PARTITION,
             )
+        if self._keys and not is_signed(event.decision_id, session_id, self._keys):
+            text = f"decision_id {event.decision_id!r} is not signed for session {session_id!r} with a key of serve.decision_keys"
+            raise WireError(text, Refusal.NOT_SIGNED)
 
     def _advance(self) -> list[StepRow]:
         now_ms, names = self._clock_ms(), self._names
