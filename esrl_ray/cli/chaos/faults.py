@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -169,7 +170,12 @@ class Faults:
         while self._commit(worker) < first + 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         os.kill(old.pid, signal.SIGCONT)
-        status = old.wait(RECOVERY_S)
+        try:
+            status = old.wait(RECOVERY_S)
+        except subprocess.TimeoutExpired as error:
+            os.kill(old.pid, signal.SIGUSR1)
+            time.sleep(1.0)
+            raise LoopError(f"a zombie of {worker} goes on: {self.fleet.said(worker, 80)}") from error
         reason = next((line for line in reversed(self.fleet.said(worker, 200).splitlines()) if f"{worker} ended: " in line), "")
         self.zombies.append(f"{fault.when}: exit status {status}, {reason or 'no reason'}")
         if status != REFUSED or "Fenced" not in reason:

@@ -27,7 +27,7 @@ from streaming.steplog import StepLog
 class Point(StrEnum):
     """Moments of one commit, in their order; `DURING_*` are up to some tens of milliseconds into it."""
 
-    AFTER_DEAD_LETTERS = "after_dead_letters"  # acknowledged, and nothing else has happened
+    AFTER_DEAD_LETTERS = "after_dead_letters"  # some were acknowledged, and nothing else has happened
     BEFORE_STATE = "before_state"
     DURING_STATE = "during_state"  # written under its temporary name
     AFTER_STATE = "after_state"
@@ -87,7 +87,15 @@ def passed(folder: Path, worker: str) -> bool:
 def watch(folder: Path, worker: str) -> None:
     """Wrap the functions of this process that the points lie around. Once per process, before the worker is made."""
     at = functools.partial(_at, _file(folder, worker))
-    _wrap(DeadLetters, "flush", after=lambda: at(Point.AFTER_DEAD_LETTERS))
+    flush = DeadLetters.flush
+
+    def flush_and_look(letters: DeadLetters) -> None:
+        sent = letters.sent
+        flush(letters)
+        if letters.sent > sent:
+            at(Point.AFTER_DEAD_LETTERS)
+
+    setattr(DeadLetters, "flush", flush_and_look)  # noqa: B010 - mypy knows that a method is not assigned
     _wrap(statefiles.StateFiles, "write", before=lambda: at(Point.BEFORE_STATE), after=lambda: at(Point.AFTER_STATE))
     _wrap(os, "fsync", before=lambda: at(Point.DURING_STATE))
     _wrap(steplog, "write_deltalake", before=lambda: at(Point.BEFORE_DELTA, Point.DURING_DELTA), after=lambda: at(Point.AFTER_DELTA))

@@ -6,10 +6,12 @@ or two, so that a short run has many deaths.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import logging
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +38,8 @@ from streaming.steplog import StepLog, read_commits
 from streaming.worker import IngestWorker
 
 MODULE = "esrl_ray.cli.chaos.processes"
+KILLED = (-signal.SIGKILL, -signal.SIGALRM)
+"""Exit status of a process that was killed at once, or a while after a point."""
 REFUSED = 3
 """Exit status of a worker that ended with a known error, such as being fenced."""
 COMPACT_EVERY = 6  # commits
@@ -175,15 +179,21 @@ class ProcessFleet:
         self._remotes[name] = Remote(port, self._key)
         deadline = time.monotonic() + START_S
         while self.status(name) is None:
-            if process.poll() is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise LoopError(f"{name} does not come up, exit status {process.poll()}: {self.said(name)}")
             time.sleep(0.05)
 
     def status(self, name: str) -> dict[str, Any] | None:
-        """Of one part; None while it does not answer."""
+        """Of one part; None while it does not answer.
+
+        Raises:
+            LoopError: it ended by itself.
+        """
         try:
             status: dict[str, Any] = self._remotes[name].call("status", timeout_s=5.0)
-        except ConnectionError:
+        except ConnectionError as error:
+            if (ended := self._processes[name].poll()) not in (None, *KILLED):
+                raise LoopError(f"{name} ended by itself, exit status {ended}: {self.said(name)}") from error
             return None
         return status
 
@@ -236,6 +246,7 @@ def _close_input(process: subprocess.Popen[bytes]) -> None:
 
 def _main(folder: Path, port: int, name: str, *shard_port: str) -> None:
     end_with_parent()
+    faulthandler.register(signal.SIGUSR1)  # where it hangs, if it does
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     key = bytes.fromhex(os.environ[AUTH])

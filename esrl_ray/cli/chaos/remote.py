@@ -98,7 +98,8 @@ def end_with_parent() -> None:
     """End this process when the one that started it is gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):
+            continue
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
