@@ -17,6 +17,7 @@ from serve.replica import Replica
 from serve.schemas import MAX_BODY_BYTES, FuseReply, FuseRequest, PolicyReply, Refusal
 
 JSON = "application/json"
+MAX_TOLD = 500  # letters of a refusal: names in it are the sender's
 _encoder = msgspec.json.Encoder()
 
 
@@ -55,7 +56,7 @@ def application(replica: Replica, telemetry: Telemetry | None) -> Application:
     app.components = components
 
     def refuse(status: int, error: str, field: str) -> Response:
-        return answer(Refusal(error, field), status)
+        return answer(Refusal(error[:MAX_TOLD], field[:MAX_TOLD]), status)
 
     def answer(content: object, status: int = 200) -> Response:
         headers = {"x-policy-version": str(replica.version), "x-replica": replica.name}

@@ -12,6 +12,7 @@ from esrl_ray.errors import RequestError
 from esrl_ray.spec import Side, Spec
 
 MAX_CODE = 2**31 - 1
+MAX_EXPLAINED_BYTES = 2 * 2**20  # a larger body is not built a second time: 16 MiB of empty arrays would hold up the replica for 4 s
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 _FIELD = re.compile(r"^Object (?:missing required|contains unknown) field `(.*)`$")
 _PART = re.compile(r"(\w+)|\[(\d+|\.\.\.)\]")
@@ -27,6 +28,8 @@ def explain(body: bytes, error: Exception, spec: Spec) -> RequestError:
         error: Of the decoder. It stops at NaN without saying where, and it does not name the keys of objects.
         spec: Names of the values.
     """
+    if len(body) > MAX_EXPLAINED_BYTES:
+        return RequestError(str(error), "body")
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):

@@ -16,7 +16,7 @@ import numpy as np
 
 from esrl_ray.errors import WireError
 from esrl_ray.spec import Spec
-from esrl_ray.vocabulary import Floats, Ints, Refusal
+from esrl_ray.vocabulary import Arm, Floats, Ints, Refusal
 
 SCHEMA_VERSION = 1
 MSGPACK, JSON = b"application/msgpack", b"application/json"
@@ -34,6 +34,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Version = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 EpochMs = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Position = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+ArmName = Annotated[str, msgspec.Meta(pattern=rf"\A({'|'.join(Arm)})\Z")]
+Pairs = msgspec.Meta(max_length=MAX_PAIRS)
+"""Checked by the decoder: four million empty texts fit into one event, and would take 800 MB as a list."""
 
 
 class _Versioned(msgspec.Struct):
@@ -53,11 +56,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     event_time_ms: EpochMs
     policy_version: Version
     round: Count
-    arm: str
+    arm: ArmName
     spec_digest: str
     num_candidates: Count
-    item_ids: list[str]  # G
-    positions: list[Position]  # G, -1 = not shown
+    item_ids: Annotated[list[str], Pairs]  # G
+    positions: Annotated[list[Position], Pairs]  # G, -1 = not shown
     states: Array  # (G, F) float32
     categorical: Array  # (G, C) int32
     scores: Array  # (G, k) float32, raw
@@ -111,6 +114,8 @@ def _array(value: Array, shape: tuple[int, ...], dtype: np.dtype[Any], name: str
         if len(value) != 4 * math.prod(shape):
             raise WireError(f"{name} has {len(value)} bytes, expected 4 for each value of shape {shape}", Refusal.WRONG_WIDTH)
         return np.frombuffer(value, dtype).reshape(shape)
+    if len(value) not in (shape[0], math.prod(shape)):  # before a hostile list is converted
+        raise WireError(f"{name} has {len(value)} rows or values, expected shape {shape}", Refusal.WRONG_WIDTH)
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
             array = np.asarray(value, dtype)
