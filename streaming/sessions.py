@@ -81,6 +81,11 @@ class SessionJoiner:
         return self._sessions.now_ms
 
     @property
+    def lead_ms(self) -> int:
+        """How much further, in event time, `decisions` has been pushed than `feedback`; negative when it is behind."""
+        return self._newest.get(DECISIONS, 0) - self._newest.get(FEEDBACK, 0)
+
+    @property
     def num_open_sessions(self) -> int:
         """Sessions that have neither ended nor been truncated."""
         return len(self._sessions.open)

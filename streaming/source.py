@@ -6,18 +6,21 @@ error: `poll` returns nothing, `degraded_s` grows, and no partition counts as re
 past events that producers still hold back.
 
 kafka-python 3.0.12: `poll` spins at full speed while its broker is gone, so the port is asked first. ListOffsets waits behind the fetch
-that is under way on the same connection, hence the short `fetch_max_wait_ms`.
+that is under way on the same connection, hence the short `fetch_max_wait_ms`. Records of a partition that was paused in the middle of a
+fetch come again only when `_next_partition_records` is None, which it never is after the first fetch: `poll` here sees to that.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, OffsetOutOfRangeError, RetriableError
+from kafka.partitioner.default import murmur2
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
@@ -76,6 +79,8 @@ class Source:
         self._stored = {_name(tp): positions[_name(tp)] for tp in self._assigned if _name(tp) in positions}
         self._positions: dict[Any, int] = {}
         self._again: dict[Any, int] = {}  # next offset of what is read again, while it is below the stored position
+        self._held: set[Any] = set()  # as asked
+        self._paused: set[Any] = set()  # as the consumer knows it
         self._ends: dict[Any, int] = {}
         self._ends_s = self._asked_s = clock_s() - ENDS_VALID_S
         self._max_poll_records = max_poll_records
@@ -97,6 +102,10 @@ class Source:
     def read_again(self, starts: Mapping[str, int]) -> None:
         """Before the first `poll`: first return the records from these offsets up to the stored positions once more."""
         self._again = {tp: starts[_name(tp)] for tp in self._assigned if _name(tp) in starts}
+
+    def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
+        """Return no records of these (topic, partition), until the next call says otherwise."""
+        self._held = {TopicPartition(topic, partition) for topic, partition in partitions}
 
     def poll(self, timeout_ms: int) -> list[Record]:
         """Records that came, in partition order; empty after the time, and while the broker is down.
@@ -122,6 +131,13 @@ class Source:
                     self._positions[tp] = position
             if self._down_since_s is not None or self._clock_s() - self._asked_s >= ENDS_INTERVAL_S:
                 self._refresh_ends()
+            if self._held != self._paused:
+                self._consumer.resume(*(self._paused - self._held))
+                self._consumer.pause(*(self._held - self._paused))
+                self._paused = self._held
+            fetcher = self._consumer._fetcher
+            if not fetcher._next_partition_records:  # an emptied one hides what waits of a partition that was held
+                fetcher._next_partition_records = None
             batches = self._consumer.poll(timeout_ms=timeout_ms)
         except OffsetOutOfRangeError:
             self._out_of_range = True
@@ -190,6 +206,7 @@ class Source:
 
     def _assign(self, positions: Mapping[Any, int]) -> None:
         self._consumer.assign(list(positions))
+        self._paused = set()
         for tp, position in positions.items():
             self._consumer.seek(tp, position)
 
@@ -277,3 +294,15 @@ def _record(tp: Any, raw: Any) -> Record:
         elif name == ATTEMPTS and value is not None and value.isdigit():
             attempts = int(value)
     return Record(tp.topic, tp.partition, raw.offset, raw.timestamp, raw.key, raw.value, content_type, attempts)
+
+
+def partition_of(key: bytes, num_partitions: int) -> int:
+    """The partition that Kafka's default partitioner (murmur2, as in Java and kafka-python) gives a key."""
+    return int(murmur2(key) & 0x7FFFFFFF) % num_partitions
+
+
+@lru_cache(maxsize=65_536)
+def place_of(session_id: str, num_partitions: int) -> tuple[bytes, int]:
+    """Key and partition of a session's records."""
+    key = session_id.encode()
+    return key, partition_of(key, num_partitions)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from kafka.partitioner.default import murmur2
 
 from esrl_ray.config import Config
 from esrl_ray.errors import StreamError, WireError
@@ -26,7 +24,7 @@ from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
 from streaming.sessions import SessionJoiner
-from streaming.source import Record
+from streaming.source import Record, place_of
 from streaming.steplog import WorkerState, rows_to_table
 from streaming.wire import LEAVE, SHOWN, Decision, DecodedDecision, Feedback, decode_decision, decode_feedback
 
@@ -34,6 +32,7 @@ _logger = logging.getLogger(__name__)
 
 POLL_MS = 100
 PAUSE_S = 0.05  # after a small poll: without it a fast broker would make a thousand polls of one record each
+MIN_LEAD_MS = 1_000  # of event time, that one topic may be ahead of the other
 SMALL_SHARE = 0.1  # of ingest.max_poll_records
 
 _MADE_ANEW = "the topic was made anew or cut; to go on without these lists, start with a new run.dir"
@@ -57,6 +56,9 @@ class RecordSource(Protocol):
     @property
     def reads_again(self) -> bool:
         """They are still coming."""
+
+    def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
+        """Return no records of these (topic, partition), until the next call."""
 
     def at_end(self, topic: str, partition: int) -> bool:
         """Everything in the partition was returned by `poll`."""
@@ -90,18 +92,6 @@ class RefusedRecords(Protocol):
 
     def flush(self) -> None:
         """Wait until all of them are acknowledged."""
-
-
-def partition_of(key: bytes, num_partitions: int) -> int:
-    """The partition that Kafka's default partitioner (murmur2, as in Java and kafka-python) gives a key."""
-    return int(murmur2(key) & 0x7FFFFFFF) % num_partitions
-
-
-@lru_cache(maxsize=65_536)
-def place_of(session_id: str, num_partitions: int) -> tuple[bytes, int]:
-    """Key and partition of a session's records."""
-    key = session_id.encode()
-    return key, partition_of(key, num_partitions)
 
 
 class IngestWorker:
@@ -139,6 +129,7 @@ class IngestWorker:
         self._spec, self._keys = config.spec.build(), config.serve.decision_keys
         self._behaviours = {SHOWN, LEAVE, *(b.name for b in config.reward.behaviours)}
         self._num_partitions = config.kafka.num_partitions
+        self._max_lead_ms = max(MIN_LEAD_MS, round(config.join.lateness_s * 1000))
         self._max_ahead_ms = round(config.join.max_ahead_s * 1000)
         self._interval_ms = round(config.ingest.commit_interval_s * 1000)
         self._names: dict[Topic, str] = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
@@ -202,6 +193,7 @@ class IngestWorker:
                 self._take_again(records)
                 return len(records)
             self._take(records)
+            self._source.hold(self._ahead())
             if not 0 < self._due_ms - self._clock_ms() <= self._interval_ms:  # also when the clock was set back
                 self._make_commit(self._advance())
             return len(records)
@@ -324,6 +316,18 @@ class IngestWorker:
         if self._keys and not is_signed(event.decision_id, session_id, self._keys):
             text = f"decision_id {event.decision_id!r} is not signed for session {session_id!r} with a key of serve.decision_keys"
             raise WireError(text, Refusal.NOT_SIGNED)
+
+    def _ahead(self) -> list[tuple[str, int]]:
+        """(topic, partition) that is read further than the lateness ahead of its other half: more of it would only wait, in memory.
+
+        Kafka fetches by bytes, so after a pause one topic would come by the hour while the other comes by the minute.
+        """
+        held = []
+        for partition, joiner in self._joiners.items():
+            ahead, behind = (DECISIONS, FEEDBACK) if joiner.lead_ms > 0 else (FEEDBACK, DECISIONS)
+            if abs(joiner.lead_ms) > self._max_lead_ms and not self._source.at_end(self._names[behind], partition):
+                held.append((self._names[ahead], partition))
+        return held
 
     def _advance(self) -> list[StepRow]:
         now_ms, names = self._clock_ms(), self._names

@@ -286,6 +286,27 @@ def test_records_below_the_positions_are_read_again_first_and_then_it_goes_on(ka
         closed.close()
 
 
+def test_a_partition_that_is_held_waits_where_it_is(kafka_config: KafkaConfig) -> None:
+    producer, topic = connect(KafkaProducer, kafka_config), kafka_config.decisions_topic
+    for number in range(20):
+        for partition in (0, 1):
+            producer.send(topic, value=b"%d" % number, partition=partition)
+    producer.flush()
+    source = Source(kafka_config, ALL, {}, max_poll_records=5)
+    first = _read(source, 1)
+    source.hold([(topic, first[0].partition)])
+    other = 1 - first[0].partition
+    while not source.at_end(topic, other):
+        first += source.poll(100)
+    held = [r.offset for r in first if r.partition == 1 - other]
+    assert len(held) <= 5 and not source.at_end(topic, 1 - other)
+    source.hold([])
+    rest = _read(source, 20 - len(held))
+    assert [*held, *(r.offset for r in rest)] == list(range(20)) and {r.partition for r in rest} == {1 - other}
+    producer.close()
+    source.close()
+
+
 def test_records_deleted_in_front_of_a_running_reader_are_an_error_too(kafka_config: KafkaConfig) -> None:
     producer = connect(KafkaProducer, kafka_config)
     producer.send(kafka_config.feedback_topic, value=b"x" * 100, partition=0)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pytest
 
 from esrl_ray.config import Config, IngestConfig, JoinConfig, KafkaConfig, SpecConfig
 from esrl_ray.errors import Fenced, StreamError, WireError
-from streaming.source import Record
+from streaming.source import Record, partition_of
 from streaming.steplog import WorkerState, step_schema
 from streaming.steptable import merge_steps
 from streaming.wire import JSON, MSGPACK, Decision, DecodedDecision, Feedback, encode
-from streaming.worker import IngestWorker, partition_of
+from streaming.worker import MIN_LEAD_MS, IngestWorker
 from tests.unit.test_sessions import REWARD, T0, decision, feedback
 
 PARTITIONS = 2
@@ -119,6 +119,10 @@ class Topics:
         self.world, self.keys = world, [key for key in world.topics if key[1] in partitions]
         self.at = {key: positions.get(f"{key[0]}/{key[1]}", 0) for key in self.keys}
         self.again: list[Record] = []
+        self.held: set[tuple[str, int]] = set()
+
+    def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
+        self.held = set(partitions)
 
     def read_again(self, starts: Mapping[str, int]) -> None:
         for where, start in starts.items():
@@ -138,7 +142,7 @@ class Topics:
             records, self.again = self.again[:5], self.again[5:]
             return records
         records = []
-        for key in self.keys:
+        for key in (key for key in self.keys if key not in self.held):
             batch = self.world.topics[key][self.at[key] :][: 5 - len(records)]
             self.at[key] += len(batch)
             records += batch
@@ -216,6 +220,21 @@ def test_commits_come_at_the_interval_and_none_when_nothing_changed() -> None:
         worker.run_once()
     assert len(world.commits) == 2  # never shown
     assert worker.status()["ledger"]["decisions"]["never_shown"] == 1
+
+
+def test_neither_topic_is_read_far_ahead_of_the_other() -> None:
+    world = World()
+    for i in range(100):
+        world.write(decision(f"d{i}", 2 * i, session="s"))
+        world.write(feedback(f"d{i}", "shown", 2 * i + 0.1, session="s"))
+    config = CONFIG.model_copy(update={"join": JoinConfig(lateness_s=0)})
+    worker, partition = world.worker(config=config), partition_of(b"s", PARTITIONS)
+    one_poll_ms = 5 * 2_000
+    while worker.run_once():
+        at_ms = {topic: T0 + 2_000 * worker.status()["positions"].get(f"{topic}/{partition}", 0) for topic in ("decisions", "feedback")}
+        assert abs(at_ms["decisions"] - at_ms["feedback"]) <= MIN_LEAD_MS + one_poll_ms
+    assert worker.drain(world.ends, 10.0)
+    assert worker.status()["steps_closed"] == 100
 
 
 def test_a_clock_that_was_set_back_does_not_stop_the_commits() -> None:

@@ -20,8 +20,8 @@ import numpy as np
 
 from esrl_ray.config import Config
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
+from streaming.source import partition_of
 from streaming.wire import JSON, LEAVE, MSGPACK, SCHEMA_VERSION, SHOWN, Decision, Feedback, encode
-from streaming.worker import partition_of
 
 AHEAD_MS, PAST_MS = 86_400_000, 3_600_000
 EVENTS_PER_S = 100  # of event time

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -85,6 +85,9 @@ class _Replayed:
 
     def positions(self) -> dict[str, int]:
         return {f"{topic}/{p}": at for (topic, p), at in self._at.items()}
+
+    def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
+        """Memory is no concern here, and the limits say what comes."""
 
     def at_end(self, topic: str, partition: int) -> bool:
         return self._at[topic, partition] >= len(self._records[topic, partition])
