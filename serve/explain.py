@@ -38,7 +38,10 @@ def explain(body: bytes, error: Exception, spec: Spec) -> RequestError:
         if isinstance(value, float) and not math.isfinite(value):
             return RequestError(f"{value} is not finite", _path_text(path, spec))
     text, at = _AT.sub("", str(error)), _AT.search(str(error))
-    path = _resolve(tree, at.group(1)) if at else []
+    try:
+        path = _resolve(tree, at.group(1)) if at else []
+    except (AttributeError, LookupError, TypeError):  # a key came twice: msgspec stops at the first, the tree has the last
+        return RequestError(text, "body")
     if field := _FIELD.match(text):
         return RequestError("missing" if "missing" in text else "unknown", _path_text([*path, field.group(1)], spec))
     return RequestError(text, _path_text(path, spec) or "body")

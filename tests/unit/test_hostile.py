@@ -147,6 +147,10 @@ def test_every_request_is_parsed_or_refused_with_a_field(data: st.DataObject) ->
 def test_the_endpoint_answers_hostile_bodies_with_413_and_422_in_few_words(tmp_path: Path) -> None:
     nested = [b'{"candidates":' + b"[" * depth + b"1" + b"]" * depth + b"}" for depth in (100, 500, 900, 990, 1_000, 10_000)]
     bodies = [b"", b"\xff", b"null", b"[" * MEBI, b'{"' + b"k" * MEBI + b'":1}', b'{"list_size":' + b"9" * MEBI + b"}", *nested]
+    bodies += [
+        b'{"candidates":[{"scores":{"a":{}},"scores":%s}],"candidates":%s}' % (v, w) for v in (b"[]", b"1") for w in (b"[1]", b"{}", b"2")
+    ]
+    bodies += [b'{"candidates":[{"scores":{"a":{}},"scores":[]}]}', b'{"user_features":{"a":{}},"user_features":[]}']
     bodies += [b'{"candidates":[' + b"[]," * (MAX_EXPLAINED_BYTES // 3) + b"[]]}"]
 
     async def scenario() -> None:
