@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,24 +44,33 @@ def worker_names(config: Config) -> list[str]:
 class Publisher:
     """Hands committed rows to a replay shard without waiting for it.
 
-    A call that fails or is dropped leaves a gap in the shard's commits, which it closes from the log at the next one. So the step log is
-    never held up: at most `MAX_WAITING` calls are under way, and one is waited for at most `WAIT_S`.
+    A call that fails, or is not made because `MAX_WAITING` are unanswered, leaves a gap in the shard's commits, which it closes from the
+    log at the next one. So a shard that stands still neither holds up the step log nor gathers rows in memory.
     """
 
-    MAX_WAITING, WAIT_S = 4, 2.0
+    MAX_WAITING = 4
 
     def __init__(self, shard: ActorHandle) -> None:
         self._shard = shard
-        self._waiting: deque[ray.ObjectRef] = deque()
+        self._waiting: list[ray.ObjectRef] = []
+        self._left_out = 0
 
     def __call__(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
-        self._waiting.append(self._shard.apply.remote(worker, commit, rows, committed_ms))
-        while len(self._waiting) > self.MAX_WAITING:
-            ref = self._waiting.popleft()
+        answered, self._waiting = ray.wait(self._waiting, num_returns=len(self._waiting), timeout=0) if self._waiting else ([], [])
+        for ref in answered:
             try:
-                ray.get(ref, timeout=self.WAIT_S)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                _logger.warning("replay shard does not answer, it will read the log: %s", str(error).splitlines()[0])
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                _logger.warning("replay shard failed, it will read the log: %s", str(error).splitlines()[0])
+        if len(self._waiting) < self.MAX_WAITING:
+            self._waiting.append(self._shard.apply.remote(worker, commit, rows, committed_ms))
+            if self._left_out:
+                _logger.info("replay shard answers again worker=%s commit=%d left_out=%d", worker, commit, self._left_out)
+            self._left_out = 0
+            return
+        if not self._left_out:
+            _logger.warning("replay shard does not answer, it will read the log worker=%s commit=%d", worker, commit)
+        self._left_out += 1
 
 
 class Part:
