@@ -29,7 +29,7 @@ from streaming.sessions import SessionJoiner
 from streaming.source import Record, Source
 from streaming.steplog import StepLog, read_commits
 from streaming.wire import Decision, Feedback
-from streaming.worker import IngestWorker
+from streaming.worker import IngestWorker, collect_less_often
 
 MARKS = 10
 
@@ -151,6 +151,7 @@ def ours(task: Task) -> dict[str, object]:
     kafka = KafkaConfig(**task.kafka)
     config = deployment(task.num_features, kafka)
     config = config.model_copy(update={"ingest": config.ingest.model_copy(update={"commit_interval_s": task.commit_interval_s})})
+    collect_less_often()
     partitions, meter, stages = range(kafka.num_partitions), Meter(task.num_events), Stages()
 
     class Metered(Source):

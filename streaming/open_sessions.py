@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
+from operator import or_
 
 from esrl_ray.config import Config
 from esrl_ray.vocabulary import Bucket, Ended
@@ -282,7 +283,7 @@ class OpenSessions:
             self._combine(step, event, pair * len(self._columns) + column[0], column[1])
         elif event.behaviour == SHOWN:
             if pair is None:
-                step.shown = [seen or listed for seen, listed in zip(step.shown, step.listed, strict=True)]
+                step.shown = list(map(or_, step.shown, step.listed))
             else:
                 step.shown[pair] = True
             if not step.kept and any(step.shown):

@@ -26,7 +26,7 @@ from esrl_ray.vocabulary import Bucket
 from streaming.deadletter import DeadLetters
 from streaming.source import Source
 from streaming.steplog import StepLog
-from streaming.worker import IngestWorker
+from streaming.worker import IngestWorker, collect_less_often
 
 _logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class IngestPart(Part):
     """One ingest worker in its actor."""
 
     def __init__(self, config: Config, worker: str, shards: Sequence[ActorHandle]) -> None:
+        collect_less_often()
         index = worker_names(config).index(worker)
         partitions = range(index, config.kafka.num_partitions, config.ingest.num_workers)
         self._worker = IngestWorker(
