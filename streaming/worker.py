@@ -43,7 +43,7 @@ Publish = Callable[[str, int, pa.Table, int], object]
 
 
 def collect_less_often() -> None:
-    """For a process that only ingests: with Python's own thresholds a quarter of its time goes into looking for cycles, of which it makes none."""
+    """For a process that only ingests: it makes no cycles, and looking for them at Python's own thresholds takes a quarter of its time."""
     gc.set_threshold(20_000, 20, 20)
 
 
