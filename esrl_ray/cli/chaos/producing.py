@@ -17,8 +17,9 @@ from streaming.client import connect
 from streaming.session_state import DECISIONS
 
 TICK_S = 0.05
-SLOW_FROM, SLOW = 0.9, 0.1
-"""The last tenth is sent at a tenth of the pace while there are faults to come: a point of the commit sequence needs commits."""
+SLOW, LAST_S = 0.1, 60.0
+"""What is not released yet is sent at a tenth of the pace at most, and ever slower, so that it lasts: a fault that waits for a point of the
+commit sequence needs commits, however slow the machine is."""
 
 
 class Producing:
@@ -51,7 +52,7 @@ class Producing:
         self._failed: list[Exception] = []
         self._ends: dict[tuple[str, int], int] = {}
         self.barriers: list[Ends] = []
-        self.hurry = threading.Event()
+        self.released = 1.0  # share of the load that may go at full pace
         self.done = threading.Event()
         self._error: Exception | None = None
 
@@ -81,8 +82,8 @@ class Producing:
                 while at < len(phase):
                     time.sleep(TICK_S)
                     now = time.monotonic()
-                    slow = sent >= SLOW_FROM * total and not self.hurry.is_set()
-                    credit += min(now - last, 1.0) * self._pace * (SLOW if slow else 1.0)
+                    slow = sent >= self.released * total
+                    credit += min(now - last, 1.0) * (min(SLOW * self._pace, (total - sent) / LAST_S) if slow else self._pace)
                     last = now
                     chunk = phase[at : at + int(credit)]
                     self._send(chunk)

@@ -98,11 +98,12 @@ def run_chaos(
     began = time.monotonic()
     producing.start()
     for i, fault in enumerate(faults):
+        producing.released = (i + 1) / (len(faults) + 1)
         while time.monotonic() < began + seconds * i / len(faults) and not producing.done.is_set():
             time.sleep(0.05)
         producing.check()
         doing.do(fault)
-    producing.hurry.set()
+    producing.released = 1.0
     producing.done.wait()
     producing.check()
     producing.close()
