@@ -18,8 +18,8 @@ from streaming.session_state import DECISIONS
 
 TICK_S = 0.05
 SLOW, LAST_S = 0.3, 60.0
-"""What is not released yet is sent at three tenths of the pace at most, and ever slower, so that it lasts: a fault that waits for a point of the
-commit sequence needs commits, however slow the machine is."""
+"""What is not released yet is sent at three tenths of the pace at most, and ever slower, so that it lasts: a fault that waits for a
+point of the commit sequence needs commits, however slow the machine is."""
 
 
 class Producing:
