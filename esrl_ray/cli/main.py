@@ -14,6 +14,7 @@ COMMANDS = {
     "chaos": "chaos.command:chaos",
     "config": "config:config_group",
     "demo": "demo:demo",
+    "dlq": "dlq:dlq_group",
     "evaluate": "evaluate:evaluate",
     "ingest": "ingest:ingest",
     "log": "log:log_group",
