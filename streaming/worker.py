@@ -12,9 +12,9 @@ import gc
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from esrl_ray.config import Config
 from esrl_ray.errors import StreamError, WireError
 from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
+from streaming.protocols import Log, Publish, RecordSource, RefusedRecords
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
 from streaming.sessions import SessionJoiner
 from streaming.source import Record, place_of
@@ -38,66 +39,10 @@ SMALL_SHARE = 0.1  # of ingest.max_poll_records
 
 _MADE_ANEW = "the topic was made anew or cut; to go on without these lists, start with a new run.dir"
 
-Publish = Callable[[str, int, pa.Table, int], object]
-"""(worker, commit, rows, committed_ms): what is called after each commit."""
-
 
 def collect_less_often() -> None:
     """For a process that only ingests: it makes no cycles, and looking for them at Python's own thresholds takes a quarter of its time."""
     gc.set_threshold(20_000, 20, 20)
-
-
-class RecordSource(Protocol):
-    """What the worker needs of `streaming.source.Source`."""
-
-    def poll(self, timeout_ms: int) -> list[Record]:
-        """Records in partition order."""
-
-    def positions(self) -> dict[str, int]:
-        """`topic/partition` -> next offset."""
-
-    def read_again(self, starts: Mapping[str, int]) -> None:
-        """Before the first poll: `topic/partition` -> offset from which on records below the positions are to come again, first."""
-
-    @property
-    def reads_again(self) -> bool:
-        """They are still coming."""
-
-    def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
-        """Return no records of these (topic, partition), until the next call."""
-
-    def at_end(self, topic: str, partition: int) -> bool:
-        """Everything in the partition was returned by `poll`."""
-
-    def lag(self) -> dict[tuple[str, int], int]:
-        """(topic, partition) -> records that wait."""
-
-
-class Log(Protocol):
-    """What the worker needs of `streaming.steplog.StepLog`."""
-
-    @property
-    def incarnation(self) -> str:
-        """Unique for this process."""
-
-    def restore(self) -> WorkerState | None:
-        """State of the last commit."""
-
-    def commit(self, state: WorkerState, table: pa.Table) -> None:
-        """Make rows and state durable as one."""
-
-
-class RefusedRecords(Protocol):
-    """What the worker needs of `streaming.deadletter.DeadLetters`."""
-
-    def passed(self, num_records: int) -> None:
-        """Count records that were fine."""
-
-    def send(self, record: Record, error: WireError) -> None:
-        """Take one refused record."""
-
-    def flush(self) -> None:
-        """Wait until all of them are acknowledged."""
 
 
 class IngestWorker:
