@@ -110,6 +110,7 @@ class KafkaConfig(Section):
     max_dead_letter_share: float = Field(
         0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused."
     )
+    late_topics: bool = Field(False, description="Events counted late are written to `<topic>.late`, before that commit.")
 
     @model_validator(mode="after")
     def _protocol(self) -> Self:

@@ -30,7 +30,7 @@ from streaming.jars import Say, class_path
 from streaming.wire import MAX_EVENT_BYTES
 
 START_TIMEOUT_S, FORMAT_TIMEOUT_S, PORT_TRIES, TAIL_LINES = 60.0, 60.0, 3, 15
-DEAD_LETTER_SUFFIX = ".dlq"
+DEAD_LETTER_SUFFIX, LATE_SUFFIX = ".dlq", ".late"
 
 # Runs between fork and the broker: dies with the thread that started it, and checks that this did not already happen. Plain
 # preexec_fn would run Python in a fork of a threaded process, which can deadlock.
@@ -275,7 +275,7 @@ def _pick_ports(*wanted: int) -> tuple[int, int]:
 
 
 def ensure_topics(config: KafkaConfig) -> None:
-    """Create the two topics and their dead-letter topics where they are missing, and check the number of partitions.
+    """Create the two topics, their dead-letter topics and, if configured, those for late events, and check the number of partitions.
 
     Raises:
         BrokerError: no broker answers, or it refuses to create a topic.
@@ -283,6 +283,8 @@ def ensure_topics(config: KafkaConfig) -> None:
     """
     topics = {config.decisions_topic: config.num_partitions, config.feedback_topic: config.num_partitions}
     wanted = topics | {name + DEAD_LETTER_SUFFIX: 1 for name in topics}
+    if config.late_topics:
+        wanted |= {name + LATE_SUFFIX: config.num_partitions for name in topics}
     admin = connect(KafkaAdminClient, config)
     try:
         existing = set(admin.list_topics())

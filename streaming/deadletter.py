@@ -1,6 +1,7 @@
-"""Records that are no valid events: kept as they came in `<topic>.dlq`, acknowledged before the commit that skips them.
+"""Records that are no valid events, kept as they came in `<topic>.dlq`, and events that came too late, in `<topic>.late`.
 
-Delivery: at least once. A worker that dies between `flush` and its commit sends them again with the same key `topic/partition/offset`.
+Delivery: at least once, acknowledged before the commit that skips them. A worker that dies between `flush` and its commit sends them
+again: a dead letter with the same key `topic/partition/offset`, a late event with the same event id.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from kafka.errors import KafkaError
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError, WireError
-from streaming.broker import DEAD_LETTER_SUFFIX
+from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX
 from streaming.client import abandon, connect, reachable
 from streaming.source import ATTEMPTS, Record
-from streaming.wire import MAX_EVENT_BYTES
+from streaming.wire import MAX_EVENT_BYTES, MSGPACK, Event, encode
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ MAX_REASON_BYTES = 1_000
 
 
 class DeadLetters:
-    """Refused records on their way to the dead-letter topics; connects at the first one.
+    """Refused records and late events on their way to their topics; connects at the first one.
 
     Args:
         config: Broker, topics, `max_dead_letter_share`.
@@ -80,6 +81,11 @@ class DeadLetters:
                 "find out who writes them (wrong topic, schema_version or spec?); nothing was committed past them",
             )
 
+    def late(self, topic: str, event: Event) -> None:
+        """Take one event that was counted late, in our own encoding and with the key of its session; it is in Kafka after `flush`."""
+        headers = [("content-type", MSGPACK), ("topic", topic.encode())]
+        self._waiting.append({"topic": topic + LATE_SUFFIX, "key": event.session_id.encode(), "value": encode(event), "headers": headers})
+
     def flush(self) -> None:
         """Wait until Kafka has acknowledged every record taken; call it before the commit that skips them.
 
@@ -96,11 +102,11 @@ class DeadLetters:
                     self._producer = None
                 if self._clock_s() >= deadline_s:
                     raise BrokerError(
-                        f"{len(self._waiting)} dead letters were not acknowledged in {self._flush_timeout_s:.0f} s: {error}",
+                        f"{len(self._waiting)} dead letters or late events were not acknowledged in {self._flush_timeout_s:.0f} s: {error}",
                         str(self._waiting[0]["topic"]),
                         "start the broker, and create this topic if it may not be created for you",
                     ) from error
-                _logger.warning("dead letters wait waiting=%d reason=%s", len(self._waiting), error)
+                _logger.warning("dead letters or late events wait waiting=%d reason=%s", len(self._waiting), error)
                 time.sleep(RETRY_S)
 
     def close(self) -> None:

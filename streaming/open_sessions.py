@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
+from collections.abc import Callable
 from operator import or_
 
 from esrl_ray.config import Config
@@ -26,16 +27,23 @@ class OpenSessions:
         config: Sections `join` and `reward`.
         settled: (topic -> bucket -> events), counted up here.
         bulks: Decision id -> bulk; that of a decision which will have no row is dropped here.
+        note_late: Told of each event that is counted late.
     """
 
-    def __init__(self, config: Config, settled: dict[str, Counter[Bucket]], bulks: dict[str, Bulk]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        settled: dict[str, Counter[Bucket]],
+        bulks: dict[str, Bulk],
+        note_late: Callable[[OpenStep | Feedback], None],
+    ) -> None:
         join = config.join
         self.now_ms = 0  # event time
         self.timers: list[tuple[int, int, str, int, OpenStep | Session | Feedback]] = []  # due, kind, id, number
         self.open: dict[tuple[str, int], Session] = {}  # least recently active first
         self.changed: dict[str, OpenStep] = {}  # closed steps that need a row
         self.num_closed = 0
-        self._settled, self._bulks = settled, bulks
+        self._settled, self._bulks, self._note_late = settled, bulks, note_late
         self._columns = {b.name: (i, b.combine) for i, b in enumerate(config.reward.behaviours)}
         self._label_age, self._amend, self._dedup = (round(seconds * 1000) for seconds in (join.label_age_s, join.amend_s, join.dedup_s))
         self._gap = None if join.gap_s is None else round(join.gap_s * 1000)
@@ -127,6 +135,7 @@ class OpenSessions:
         session = self._session_of(step)
         if session.num_retired and step.place < session.steps[0].place:  # a retired step already links to that one
             self._settled[DECISIONS][Bucket.LATE] += 1
+            self._note_late(step)
             self._leave_behind(step, Bucket.LATE)
             return
         step.name = session.name
@@ -255,7 +264,7 @@ class OpenSessions:
         found = self._steps.get(event.decision_id)
         if found is None:
             if event.decision_id in self._gone:
-                self._settled[FEEDBACK][self._gone[event.decision_id][1]] += 1
+                self._settle(event, self._gone[event.decision_id][1])
             else:
                 self._wait(event)
             return
@@ -270,7 +279,7 @@ class OpenSessions:
                 step.num_feedback += 1
                 return
             bucket = Bucket.JOINED
-        self._settled[FEEDBACK][bucket] += 1
+        self._settle(event, bucket)
 
     def _change(self, step: OpenStep, session: Session, event: Feedback) -> bool:
         pair, column = None, self._columns.get(event.behaviour)
@@ -318,10 +327,14 @@ class OpenSessions:
         self._waiting.setdefault(event.decision_id, {})[event.event_id] = event
         heapq.heappush(self.timers, (event.event_time_ms + self._patience, _PATIENCE, event.event_id, 0, event))
 
+    def _settle(self, event: Feedback, bucket: Bucket) -> None:
+        self._settled[FEEDBACK][bucket] += 1
+        if bucket is Bucket.LATE:
+            self._note_late(event)
+
     def _settle_waiting(self, decision_id: str, bucket: Bucket, event_id: str | None = None) -> None:
         waiting = self._waiting.get(decision_id, {})
         for waited in [event_id] if event_id is not None else list(waiting):
-            del waiting[waited]
-            self._settled[FEEDBACK][bucket] += 1
+            self._settle(waiting.pop(waited), bucket)
         if not waiting:
             self._waiting.pop(decision_id, None)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from esrl_ray.errors import WireError
 from streaming.source import Record
 from streaming.steplog import WorkerState
+from streaming.wire import Event
 
 Publish = Callable[[str, int, pa.Table, int], object]
 """(worker, commit, rows, committed_ms): what is called after each commit."""
@@ -63,6 +64,9 @@ class RefusedRecords(Protocol):
 
     def send(self, record: Record, error: WireError) -> None:
         """Take one refused record."""
+
+    def late(self, topic: str, event: Event) -> None:
+        """Take one event that was counted late."""
 
     def flush(self) -> None:
         """Wait until all of them are acknowledged."""

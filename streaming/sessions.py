@@ -41,7 +41,7 @@ from streaming.session_state import (
     open_step,
     step_row,
 )
-from streaming.wire import LEAVE, DecodedDecision, Feedback
+from streaming.wire import LEAVE, Decision, DecodedDecision, Event, Feedback
 
 _FIRST_DECISIONS, _THEN_FEEDBACK, _LAST_LEAVE = range(3)  # events, in this order at the same time
 _NEVER = 1 << 62
@@ -71,7 +71,10 @@ class SessionJoiner:
         self._pending: list[tuple[int, int, str, OpenStep | Feedback]] = []
         self._bulks: dict[str, Bulk] = {}  # decision id -> what its first row needs
         self._lacking: dict[str, int] = {}
-        self._sessions = OpenSessions(config, self._settled, self._bulks)
+        self._keep_late = config.kafka.late_topics
+        self._overdue: dict[str, Decision] = {}  # pushed behind the watermark since it last moved: a late decision is one of them
+        self._late: list[Event] = []
+        self._sessions = OpenSessions(config, self._settled, self._bulks, self._note_late)
         if state is not None:
             self._restore(decode_state(state, partition))
 
@@ -121,22 +124,22 @@ class SessionJoiner:
         if self._lacking.get(decision_id) != offset:
             return False
         del self._lacking[decision_id]
-        self._bulks[decision_id] = bulk_of(decoded)
+        self._take_bulk(decoded)
         return True
 
     def push(self, decisions: Sequence[tuple[int, DecodedDecision]], feedback: Sequence[tuple[int, Feedback]]) -> None:
         """Take events, each topic's in the order of its offsets: (offset, event)."""
         for offset, decoded in decisions:
             decision = decoded.event
-            if self._is_new(DECISIONS, decision.decision_id, decision.event_time_ms):
-                self._bulks[decision.decision_id] = bulk_of(decoded)
+            if self._is_new(DECISIONS, decision, decision.decision_id):
+                self._take_bulk(decoded)
                 self._push(open_step(decoded, offset, require_shown=self._require_shown))
         seen, by_second, horizon = self._seen, self._seen_by_second, self.watermark_ms - self._dedup
         newest = self._newest.get(FEEDBACK, 0)
         for _, event in feedback:
             event_id, time_ms = event.event_id, event.event_time_ms
             if time_ms < horizon or (key := FEEDBACK[0] + event_id) in seen:
-                self._is_new(FEEDBACK, event_id, time_ms)  # it is not, and is counted
+                self._is_new(FEEDBACK, event, event_id)  # it is not, and is counted
                 continue
             # What _is_new and _push do, without two calls for each of the most frequent events.
             newest = time_ms if time_ms > newest else newest
@@ -172,6 +175,11 @@ class SessionJoiner:
         self._sessions.close()
         return self._rows(clock_ms)
 
+    def take_late(self) -> list[Event]:
+        """What was counted late since the last call; nothing when `kafka.late_topics` is off."""
+        late, self._late = self._late, []
+        return late
+
     def snapshot(self) -> bytes:
         """Everything needed to go on from here; the rows of `advance` so far count as delivered."""
         pending = [event for *_, event in sorted(self._pending, key=lambda entry: entry[:3])]
@@ -199,11 +207,13 @@ class SessionJoiner:
         self._sessions.restore(state)
         self._lacking = {step.step_id: step.offset for step in [*state.pending_decisions, *self._sessions.unclosed()]}
 
-    def _is_new(self, topic: Topic, event_id: str, event_time_ms: int) -> bool:
+    def _is_new(self, topic: Topic, event: Event, event_id: str) -> bool:
+        event_time_ms = event.event_time_ms
         self._newest[topic] = max(event_time_ms, self._newest.get(topic, event_time_ms))
         key = topic[0] + event_id
         if event_time_ms < self.watermark_ms - self._dedup:
             self.settle(topic, Bucket.LATE)
+            self._note_late(event)
         elif key in self._seen or (topic == DECISIONS and self._sessions.knows(event_id)):
             self.settle(topic, Bucket.DUPLICATE)
         else:
@@ -211,6 +221,16 @@ class SessionJoiner:
             self._seen_by_second.setdefault(event_time_ms // 1000, []).append(key)
             return True
         return False
+
+    def _take_bulk(self, decoded: DecodedDecision) -> None:
+        decision = decoded.event
+        self._bulks[decision.decision_id] = bulk_of(decoded)
+        if decision.event_time_ms < self.watermark_ms:
+            self._overdue[decision.decision_id] = decision
+
+    def _note_late(self, event: Event | OpenStep) -> None:
+        if self._keep_late:
+            self._late.append(self._overdue[event.step_id] if isinstance(event, OpenStep) else event)
 
     def _push(self, event: OpenStep | Feedback) -> None:
         if isinstance(event, OpenStep):
@@ -240,6 +260,7 @@ class SessionJoiner:
         del pending[:at]
         sessions.now_ms = watermark
         sessions.forget()
+        self._overdue = {}
         horizon = (watermark - self._dedup) // 1000
         for second in [second for second in self._seen_by_second if second < horizon]:
             self._seen.difference_update(self._seen_by_second.pop(second))

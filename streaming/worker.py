@@ -1,9 +1,9 @@
 """The ingest worker: poll, decode, join, commit, publish.
 
 Delivery: exactly once into the step log. The positions of both topics and the state of the joins go into the same commit as the rows, so
-a worker that died reads on from its last commit and derives again what was lost, under the same step ids. Dead letters are acknowledged
-before the commit that skips them. Commit first, publish second: a subscriber that misses a commit finds the gap in its numbers and reads it
-from the log.
+a worker that died reads on from its last commit and derives again what was lost, under the same step ids. Dead letters and late events
+are acknowledged before the commit that skips them. Commit first, publish second: a subscriber that misses a commit finds the gap in its
+numbers and reads it from the log.
 """
 
 from __future__ import annotations
@@ -299,6 +299,9 @@ class IngestWorker:
             self._take_status()
             return
         n, table = self._commit + 1, rows_to_table(rows)
+        for joiner in self._joiners.values():
+            for late in joiner.take_late():
+                self._dead_letters.late(self._names[DECISIONS if isinstance(late, Decision) else FEEDBACK], late)
         self._dead_letters.flush()
         state = WorkerState(
             commit=n,

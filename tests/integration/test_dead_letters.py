@@ -9,10 +9,10 @@ from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, WireError
 from esrl_ray.vocabulary import Refusal
 from streaming import wire
-from streaming.broker import DEAD_LETTER_SUFFIX
+from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX, ensure_topics
 from streaming.client import connect
 from streaming.deadletter import DeadLetters
-from streaming.source import Record
+from streaming.source import Record, partition_of
 
 
 def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -> None:
@@ -48,3 +48,21 @@ def test_dead_letters_that_cannot_be_delivered_stop_the_commit(kafka_config: Kaf
     letters.send(Record(kafka_config.feedback_topic, 0, 0, 1, None, b"?", wire.JSON), WireError("bad", Refusal.MALFORMED))
     with pytest.raises(BrokerError, match="1 dead letters were not acknowledged"):
         letters.flush()
+
+
+def test_late_events_stand_in_a_topic_of_their_own_like_any_event(kafka_config: KafkaConfig) -> None:
+    config = kafka_config.model_copy(update={"late_topics": True})
+    ensure_topics(config)
+    event = wire.Feedback(schema_version=1, event_id="e", decision_id="d", session_id="s", behaviour="leave", event_time_ms=1)
+    letters = DeadLetters(config)
+    letters.late(config.feedback_topic, event)
+    letters.flush()
+    letters.close()
+    reader = connect(KafkaConsumer, config, auto_offset_reset="earliest")
+    topic = config.feedback_topic + LATE_SUFFIX
+    reader.assign([TopicPartition(topic, p) for p in reader.partitions_for_topic(topic)])
+    ((found,),) = reader.poll(timeout_ms=10_000).values()
+    reader.close()
+    headers = dict(found.headers)
+    assert found.key == b"s" and found.partition == partition_of(b"s", 4) and headers["topic"] == config.feedback_topic.encode()
+    assert wire.decode_feedback(found.value, headers["content-type"]) == event

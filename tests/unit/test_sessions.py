@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from esrl_ray.config import Config, JoinConfig, SpecConfig
+from esrl_ray.config import Config, JoinConfig, KafkaConfig, SpecConfig
 from esrl_ray.errors import LogError
 from esrl_ray.reward import BehaviourConfig, RewardConfig, RewardGroup
 from esrl_ray.vocabulary import Bucket, Ended, StepRow
@@ -32,7 +32,8 @@ REWARD = RewardConfig(
 
 def configure(**join: object) -> Config:
     """label age 4 s, lateness 5 s, gap 15 s, amend 30 s, dedup 120 s unless said otherwise."""
-    return Config(join=JoinConfig.model_validate(join), reward=REWARD, spec=SpecConfig(item_features=("age",)))
+    kafka = KafkaConfig(late_topics=True)
+    return Config(join=JoinConfig.model_validate(join), reward=REWARD, spec=SpecConfig(item_features=("age",)), kafka=kafka)
 
 
 CONFIG = configure()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esrl_ray.config import KafkaConfig
 from esrl_ray.vocabulary import Bucket, Ended
 from tests.unit.test_sessions import Join, configure, decision, feedback, shown
 
@@ -66,3 +67,37 @@ def test_without_a_gap_a_decision_before_a_forgotten_step_is_late_with_its_feedb
     join.until(26)
     assert join.counts("decisions") == {Bucket.JOINED: 3, Bucket.LATE: 1}
     assert join.counts("feedback") == {Bucket.JOINED: 3, Bucket.LATE: 1}
+
+
+def test_what_is_counted_late_is_told_once_and_what_amends_is_not_late() -> None:
+    join = Join(configure(amend_s=5))
+    join.push(*shown("a", 0), feedback("a", "watch", 1, item="i0", value=2))
+    join.until(6)
+    amends, too_late, old = (feedback("a", "click", at, item="i0") for at in (5, 9.5, -200))
+    join.push(amends, too_late, old)
+    join.until(10)
+    assert join.joiner.take_late() == [old, too_late] and join.joiner.take_late() == []
+    assert join.counts("feedback") == {Bucket.JOINED: 3, Bucket.LATE: 2}
+
+
+def test_a_late_decision_is_told_whole_and_so_is_the_feedback_that_waited_for_it() -> None:
+    join = Join(configure(gap_s=None, amend_s=0))
+    join.push(*shown("a", 0), *shown("b", 10), *shown("c", 20))
+    join.until(25)
+    late, seen = decision("l", 9), feedback("l", "shown", 18)
+    join.push(seen)
+    join.until(25.5)
+    assert join.joiner.take_late() == []
+    join.push(late)
+    join.until(26)
+    assert join.joiner.take_late() == [late.event, seen]
+
+
+def test_nothing_is_kept_when_late_topics_are_off() -> None:
+    config = configure().model_copy(update={"kafka": KafkaConfig()})
+    join = Join(config)
+    join.push(*shown("a", 0))
+    join.until(200)
+    join.push(*shown("a", 1))
+    join.until(201)
+    assert join.joiner.take_late() == [] and join.joiner.ledger["feedback", Bucket.LATE] == 1

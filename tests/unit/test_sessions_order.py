@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from esrl_ray.config import Config
 from esrl_ray.reward import rewards_of
 from esrl_ray.vocabulary import Bucket, Ended, StepRow
+from streaming import wire
 from streaming.sessions import SessionJoiner
 from streaming.wire import DecodedDecision, Feedback
 from tests.unit.test_sessions import REWARD, T0, configure, decision, feedback
@@ -83,7 +84,9 @@ class Poll(NamedTuple):
 POLLS = st.lists(st.builds(Poll, st.integers(0, 6), st.integers(0, 12), st.booleans(), st.booleans()), max_size=30)
 
 
-def join(sent: Sequence[Sent], config: Config, polls: Sequence[Poll], *, close: bool = True) -> tuple[list[StepRow], SessionJoiner]:
+def join(
+    sent: Sequence[Sent], config: Config, polls: Sequence[Poll], *, close: bool = True, late: list[wire.Event] | None = None
+) -> tuple[list[StepRow], SessionJoiner]:
     """Read both topics in an interleaving, then everything else; at the end both are idle at END_S, and closed."""
     decisions = [(i, s.event) for i, s in enumerate(s for s in sent if isinstance(s.event, DecodedDecision))]
     events = [(i, s.event) for i, s in enumerate(s for s in sent if isinstance(s.event, Feedback))]
@@ -97,6 +100,8 @@ def join(sent: Sequence[Sent], config: Config, polls: Sequence[Poll], *, close: 
         if poll.advance:
             rows += joiner.advance(clock_ms=T0, decisions_at_end=False, feedback_at_end=False)
         if poll.restart:
+            if late is not None:
+                late += joiner.take_late()
             joiner = SessionJoiner(0, config, state=joiner.snapshot())
             again = {e.event.decision_id: e for e in (s.event for s in sent) if isinstance(e, DecodedDecision)}
             assert all(joiner.give_back(offset, again[name]) for name, offset in dict(joiner.lacking).items())
@@ -104,6 +109,8 @@ def join(sent: Sequence[Sent], config: Config, polls: Sequence[Poll], *, close: 
         clock_ms = T0 + round(END_S * 1000)
         rows += joiner.advance(clock_ms=clock_ms, decisions_at_end=True, feedback_at_end=True)
         rows += joiner.close(clock_ms=clock_ms)
+    if late is not None:
+        late += joiner.take_late()
     return rows, joiner
 
 
@@ -288,7 +295,10 @@ def test_however_late_events_are_each_is_in_exactly_one_bucket(name: str, sent: 
     config = CONFIGS[name]
     pushed = Counter("decisions" if isinstance(s.event, DecodedDecision) else "feedback" for s in sent)
     for close in (False, True):
-        rows, joiner = join(sent, config, polls, close=close)
+        late: list[wire.Event] = []
+        rows, joiner = join(sent, config, polls, close=close, late=late)
+        for topic, kind in (("decisions", wire.Decision), ("feedback", wire.Feedback)):
+            assert sum(isinstance(event, kind) for event in late) == joiner.ledger.get((topic, Bucket.LATE), 0)
         total: Counter[str] = Counter()
         for (topic, _), amount in joiner.ledger.items():
             assert amount >= 0

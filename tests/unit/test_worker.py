@@ -13,7 +13,7 @@ from esrl_ray.errors import Fenced, StreamError, WireError
 from streaming.source import Record, partition_of
 from streaming.steplog import WorkerState, step_schema
 from streaming.steptable import merge_steps
-from streaming.wire import JSON, MSGPACK, Decision, DecodedDecision, Feedback, encode
+from streaming.wire import JSON, MSGPACK, Decision, DecodedDecision, Event, Feedback, encode
 from streaming.worker import MIN_LEAD_MS, IngestWorker
 from tests.unit.test_sessions import REWARD, T0, decision, feedback
 
@@ -40,6 +40,7 @@ class World:
         self.state: WorkerState | None = None
         self.commits: list[pa.Table] = []
         self.dead: dict[tuple[str, int, int], str] = {}
+        self.late_events: dict[tuple[str, str], Event] = {}
         self.published: list[tuple[str, int, pa.Table, int]] = []
         self.crash_at = ""
         self.moments: list[str] = []
@@ -72,6 +73,7 @@ class World:
 
     def commit(self, state: WorkerState, table: pa.Table) -> None:
         assert state.commit == len(self.commits) and state.incarnation == "i" and table.schema == step_schema()
+        assert not self.waiting_late, "late events are acknowledged before the commit"
         assert not (set(self.refused) - set(self.dead)), "a commit must not pass a dead letter that is not acknowledged"
         self.moment("before commit")
         self.state = state
@@ -81,6 +83,7 @@ class World:
     # -- the dead letters
 
     refused: dict[tuple[str, int, int], str]
+    waiting_late: list[tuple[str, Event]]
     num_passed = 0
 
     def passed(self, num_records: int) -> None:
@@ -89,8 +92,13 @@ class World:
     def send(self, record: Record, error: WireError) -> None:
         self.refused[record.topic, record.partition, record.offset] = str(error)
 
+    def late(self, topic: str, event: Event) -> None:
+        self.waiting_late.append((topic, event))
+
     def flush(self) -> None:
         self.dead |= self.refused
+        self.late_events |= {(topic, e.decision_id if isinstance(e, Decision) else e.event_id): e for topic, e in self.waiting_late}
+        self.waiting_late.clear()
         self.moment("after flush")
 
     def publish(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
@@ -99,7 +107,7 @@ class World:
 
     def worker(self, partitions: Sequence[int] = (0, 1), config: Config = CONFIG) -> IngestWorker:
         """A new process."""
-        self.refused = {}
+        self.refused, self.waiting_late = {}, []
         return IngestWorker(
             config,
             "ingest-0",
@@ -317,69 +325,6 @@ def test_a_crash_at_any_moment_changes_neither_the_steps_nor_the_ledger(crash_at
     assert sorted(whole) == [f"d{s}-{i}" for s in range(6) for i in range(4)]  # the first row of each step came once
     assert worker.status()["steps_closed"] == 24
     assert comparable(world) == comparable(calm)
-
-
-def with_an_open_list() -> World:
-    """Its first worker is gone; before and after its decision stands a record that is none."""
-    world = World()
-    partition = partition_of(b"s", PARTITIONS)
-    world.raw("decisions", b"poison", partition=partition)
-    world.write(decision("a", 0, session="s"))
-    world.write(decision("a", 0, session="s"))
-    world.raw("decisions", b"poison", partition=partition)
-    world.write(feedback("a", "shown", 1, session="s"))
-    worker = world.worker()
-    while len(world.commits) < 1:
-        worker.run_once()
-    return world
-
-
-def test_the_state_carries_no_bulk_and_a_restart_takes_it_from_the_topic() -> None:
-    world = with_an_open_list()
-    sent = decision("a", 0, session="s")
-    assert world.state is not None and not any(sent.states.tobytes() in state for state in world.state.joiners.values())
-    dead, world.num_passed = dict(world.dead), 0
-    worker = world.worker()
-    worker.run_once()  # reads again
-    assert world.refused == {} and world.num_passed == 0 and len(world.commits) == 1
-    assert worker.drain(world.ends, 60.0)
-    (row,) = pa.concat_tables(world.commits).to_pylist()
-    assert row["states"] == sent.states.reshape(-1).tolist() and row["shown"] == [True, True, False]
-    assert (
-        world.dead == dead
-        and worker.status()["ledger"]["decisions"] | {"joined": 1, "duplicate": 1, "dead_letter": 2}
-        == (worker.status()["ledger"]["decisions"])
-    )
-
-
-def test_a_worker_that_ends_before_the_open_lists_are_whole_changes_nothing() -> None:
-    world = with_an_open_list()
-    state, stop = world.state, threading.Event()
-    stop.set()
-    world.worker().run(stop)
-    assert not world.worker().drain(world.ends, 0.0) and world.state is state and len(world.commits) == 1
-
-
-@pytest.mark.parametrize(
-    ("now", "reason"),
-    [
-        (b"poison", "now it is unreadable: not a Decision"),
-        (encode(decision("b", 0, session="s").event), "now it is decision b"),
-        (None, "1 decisions from offset 1 to 1 are needed again for lists without a row and do not come"),
-    ],
-)
-def test_a_topic_that_lost_an_open_list_stops_the_worker(now: bytes | None, reason: str) -> None:
-    world, partition = with_an_open_list(), partition_of(b"s", PARTITIONS)
-    records = world.topics["decisions", partition]
-    if now is None:
-        del records[1]
-    else:
-        records[1] = records[1]._replace(value=now)
-    worker = world.worker()
-    with pytest.raises(StreamError, match=rf"{reason}.*at decisions\[{partition}\]@1.*made anew"):
-        for _ in range(10):
-            worker.run_once()
-    assert len(world.commits) == 1
 
 
 def test_a_log_of_other_partitions_is_refused() -> None:

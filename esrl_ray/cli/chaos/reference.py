@@ -16,7 +16,7 @@ from streaming.client import connect
 from streaming.source import Record
 from streaming.steplog import WorkerState
 from streaming.steptable import merge_steps, step_schema
-from streaming.wire import JSON
+from streaming.wire import JSON, Event
 from streaming.worker import IngestWorker
 
 POLL_RECORDS = 500
@@ -116,6 +116,9 @@ class _Memory:
 
     def send(self, record: Record, error: WireError) -> None:
         self.refused.add((record.topic, record.partition, record.offset))
+
+    def late(self, topic: str, event: Event) -> None:
+        return None
 
     def flush(self) -> None:
         return None

@@ -1,0 +1,99 @@
+"""The ingest worker and records that are gone when they are needed again, or come too late."""
+
+from __future__ import annotations
+
+import threading
+
+import pyarrow as pa
+import pytest
+
+from esrl_ray.errors import StreamError
+from streaming.source import partition_of
+from streaming.wire import encode
+from tests.unit.test_sessions import decision, feedback
+from tests.unit.test_worker import CONFIG, PARTITIONS, CrashError, World, visits
+
+
+def with_an_open_list() -> World:
+    """Its first worker is gone; before and after its decision stands a record that is none."""
+    world = World()
+    partition = partition_of(b"s", PARTITIONS)
+    world.raw("decisions", b"poison", partition=partition)
+    world.write(decision("a", 0, session="s"))
+    world.write(decision("a", 0, session="s"))
+    world.raw("decisions", b"poison", partition=partition)
+    world.write(feedback("a", "shown", 1, session="s"))
+    worker = world.worker()
+    while len(world.commits) < 1:
+        worker.run_once()
+    return world
+
+
+def test_the_state_carries_no_bulk_and_a_restart_takes_it_from_the_topic() -> None:
+    world = with_an_open_list()
+    sent = decision("a", 0, session="s")
+    assert world.state is not None and not any(sent.states.tobytes() in state for state in world.state.joiners.values())
+    dead, world.num_passed = dict(world.dead), 0
+    worker = world.worker()
+    worker.run_once()  # reads again
+    assert world.refused == {} and world.num_passed == 0 and len(world.commits) == 1
+    assert worker.drain(world.ends, 60.0)
+    (row,) = pa.concat_tables(world.commits).to_pylist()
+    assert row["states"] == sent.states.reshape(-1).tolist() and row["shown"] == [True, True, False]
+    assert (
+        world.dead == dead
+        and worker.status()["ledger"]["decisions"] | {"joined": 1, "duplicate": 1, "dead_letter": 2}
+        == (worker.status()["ledger"]["decisions"])
+    )
+
+
+def test_a_worker_that_ends_before_the_open_lists_are_whole_changes_nothing() -> None:
+    world = with_an_open_list()
+    state, stop = world.state, threading.Event()
+    stop.set()
+    world.worker().run(stop)
+    assert not world.worker().drain(world.ends, 0.0) and world.state is state and len(world.commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        (b"poison", "now it is unreadable: not a Decision"),
+        (encode(decision("b", 0, session="s").event), "now it is decision b"),
+        (None, "1 decisions from offset 1 to 1 are needed again for lists without a row and do not come"),
+    ],
+)
+def test_a_topic_that_lost_an_open_list_stops_the_worker(now: bytes | None, reason: str) -> None:
+    world, partition = with_an_open_list(), partition_of(b"s", PARTITIONS)
+    records = world.topics["decisions", partition]
+    if now is None:
+        del records[1]
+    else:
+        records[1] = records[1]._replace(value=now)
+    worker = world.worker()
+    with pytest.raises(StreamError, match=rf"{reason}.*at decisions\[{partition}\]@1.*made anew"):
+        for _ in range(10):
+            worker.run_once()
+    assert len(world.commits) == 1
+
+
+@pytest.mark.parametrize("crash_at", ["", "after flush", "before commit", "after commit"])
+def test_late_events_are_written_before_the_commit_that_counts_them(crash_at: str) -> None:
+    config = CONFIG.model_copy(update={"kafka": CONFIG.kafka.model_copy(update={"late_topics": True})})
+    world = World()
+    visits(world)
+    world.write(decision("old", -500))
+    late = [feedback(f"d{s}-0", "click", -500 - s, item="i0", session=f"s{s}") for s in range(6)]
+    for event in late:
+        world.write(event)
+    worker = world.worker(config=config)
+    if crash_at:
+        world.crash_at = crash_at
+        with pytest.raises(CrashError):
+            worker.drain(world.ends, 60.0)
+        worker = world.worker(config=config)
+    assert worker.drain(world.ends, 60.0)
+    told = {("feedback", event.event_id): event for event in late} | {("decisions", "old"): decision("old", -500).event}
+    assert world.late_events == told
+    ledger = worker.status()["ledger"]
+    assert (ledger["decisions"]["late"], ledger["feedback"]["late"]) == (1, 6)
