@@ -10,7 +10,6 @@ import argparse
 import itertools
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from benchmarks.kuairand_methods import (
     supervised,
 )
 from benchmarks.kuairand_report import Row, checks, warnings, write_report
+from benchmarks.rows import RESULTS, ROOT, append_row, commit, read_rows
 from esrl_ray.config import load_config
 from esrl_ray.evaluation.metrics import LabelledPairs, policy_scores
 from esrl_ray.methods.enhancedrl import EnhancedRL
@@ -41,22 +41,20 @@ from esrl_ray.simulation.kuairand_bench import Bench, learn_rounds, permute_rewa
 from esrl_ray.simulation.kuairand_replay import default_cache
 from esrl_ray.vocabulary import Floats
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 FIXED = ("control", "click", "long_view", "rank-sum-7", "rank-sum-4", "tab", "user-only")
 SUPERVISED = {
     "supervised": (PolicyKind.PAIR, WIDTH),
     "supervised-full": (PolicyKind.PAIR, 1.0),
     "supervised-user": (PolicyKind.REQUEST, 1.0),
 }
-LIST_SUM, SPLIT, PRINTED = RL
-PLANTED = ("control", "cem", *SUPERVISED, LIST_SUM, SPLIT, LIST_SUM + PERMUTED_REWARDS, SPLIT + PERMUTED_REWARDS)
+LIST_SUM, SPLIT, PRINTED, PER_PAIR = RL
+LEARNT = (LIST_SUM, SPLIT, PER_PAIR, LIST_SUM + PERMUTED_REWARDS, SPLIT + PERMUTED_REWARDS)
 DIAGNOSTICS = (LIST_SUM + PERMUTED_ACTIONS, PRINTED)
 """Run with the first seed only."""
 LAYERS = {
-    "real": (*FIXED, "cem", *SUPERVISED, LIST_SUM, SPLIT, LIST_SUM + PERMUTED_REWARDS),
-    "item": (*PLANTED, *DIAGNOSTICS),
-    "user": (*PLANTED, *DIAGNOSTICS),
+    "real": (*FIXED, "cem", *SUPERVISED, *LEARNT),
+    "item": ("control", "cem", *SUPERVISED, *LEARNT, *DIAGNOSTICS),
+    "user": ("control", "cem", *SUPERVISED, *LEARNT, *DIAGNOSTICS),
 }
 QUICK_LAYERS = {
     "real": ("control", "user-only", "cem", LIST_SUM),
@@ -89,7 +87,8 @@ def measure(world: Bench, bench: Bench, layer: str, method: str, seed: int, *, e
         effort: Rounds and steps.
         commit: Of the code, noted in the row.
     """
-    started, control = time.perf_counter(), Policy.static(bench.config.spec.build())
+    started, vector = time.perf_counter(), Policy.static(bench.config.spec.build())
+    control = Policy.static(world.config.spec.build())
     policies: list[Policy] = []
     if method in FIXED:
         scorer = fixed(method, world)
@@ -106,7 +105,7 @@ def measure(world: Bench, bench: Bench, layer: str, method: str, seed: int, *, e
         return scorer(pairs) if policy is None else policy_scores(policy, pairs)
 
     def against(policy: Policy | None, pairs: LabelledPairs, grouping: str = "user_block") -> tuple[Gain, Gain]:
-        return compare(scores(policy, pairs), policy_scores(control, pairs), pairs, grouping=grouping)
+        return compare(scores(policy, pairs), policy_scores(vector, pairs), pairs, grouping=grouping)
 
     last = policies[-1] if policies else None
     gated_round: int | None = None
@@ -123,9 +122,10 @@ def measure(world: Bench, bench: Bench, layer: str, method: str, seed: int, *, e
         gauc_tab=gauc_tab,
         gain=gain,
         gain_tab=gain_tab,
+        gain_control=compare(scores(last, bench.test), policy_scores(control, bench.test), bench.test)[1],
         gain_random=None if bench.random is None else against(last, bench.random)[1],
         gated_round=gated_round,
-        gated_gain=None if gated_round is None else against([control, *policies][gated_round], bench.test)[1],
+        gated_gain=None if gated_round is None else against([vector, *policies][gated_round], bench.test)[1],
         gradient_steps=effort.rounds * effort.steps if len(policies) > 1 else 0,
         seconds=seconds,
         commit=commit,
@@ -152,11 +152,6 @@ def _learn(bench: Bench, method: str, seed: int, effort: Effort) -> Iterator[Pol
     return learn_rounds(learner, bench, rounds=effort.rounds, seed=seed, permute_actions=f"/{placebo}" == PERMUTED_ACTIONS)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Finished rows; none when there is no file."""
-    return [msgspec.json.decode(line, type=Row) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
 def run(
     real: Bench, path: Path, *, layers: Mapping[str, Sequence[str]], seeds: Sequence[int], effort: Effort, commit: str, limit_s: float
 ) -> list[Row]:
@@ -174,7 +169,7 @@ def run(
     Returns:
         All rows.
     """
-    rows, started = read_rows(path), time.monotonic()
+    rows, started = read_rows(path, Row), time.monotonic()
     for seed, layer in itertools.product(seeds, layers):
         finished = {r.method for r in rows if r.layer == layer and (r.seed == seed or r.method in (*FIXED, *DIAGNOSTICS))}
         missing = [m for m in layers[layer] if m not in finished]
@@ -187,15 +182,10 @@ def run(
                 break
             row = measure(world, bench, layer, method, seed, effort=effort, commit=commit)
             rows.append(row)
-            with path.open("ab") as file:
-                file.write(msgspec.json.encode(row) + b"\n")
+            append_row(path, row)
             found = f"{row.gauc.mean:.4f}, {row.gain.mean:+.4f} over CEM"
             print(f"{spent:6.0f} s  {layer:5} seed {seed} {method:42} {found}", flush=True)
     return rows
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -211,7 +201,7 @@ def main() -> None:
     torch.set_num_threads(1)
     path = options.out or (ROOT / "runs" / "kuairand-quick.jsonl" if options.quick else RESULTS / "kuairand.jsonl")
     if options.report_only:
-        rows = read_rows(path)
+        rows = read_rows(path, Row)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         if options.quick:
@@ -220,7 +210,7 @@ def main() -> None:
         real = read_bench(config, options.data, cache=default_cache(), say=lambda line: print(line, flush=True))
         seeds = [0] if options.quick else [int(s) for s in options.seeds.split(",")]
         layers, effort = (QUICK_LAYERS, QUICK) if options.quick else (LAYERS, Effort())
-        rows = run(real, path, layers=layers, seeds=seeds, effort=effort, commit=_commit(), limit_s=options.limit_s)
+        rows = run(real, path, layers=layers, seeds=seeds, effort=effort, commit=commit(), limit_s=options.limit_s)
     if rows:
         print(*checks(rows), *warnings(rows), sep="\n")
         write_report(rows, path.with_suffix(".md"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -49,8 +50,9 @@ RL: dict[str, tuple[str, ...]] = {
     "enhancedrl-list-sum": (),
     "enhancedrl-split": ("learner.critic=split", "learner.critics_per_group=3", "learner.horizon=1"),
     "enhancedrl-printed": ("learner.actor_loss=printed",),
+    "enhancedrl-per-pair": ("learner.critic=per_pair", "learner.actor_lr=0.0003", "learner.temperature=1", "learner.bound_penalty=1"),
 }
-"""Settings beyond `SETTINGS`."""
+"""Settings beyond `SETTINGS`; the last is what `configs/kuairand.yaml` served when it was measured."""
 PERMUTED_REWARDS, PERMUTED_ACTIONS = "/permuted-rewards", "/permuted-actions"
 """Ends of the names of placebos: rewards of random other exposures; logged actions of random other pairs."""
 
@@ -80,8 +82,10 @@ def compare(scores: Floats, control: Floats, pairs: LabelledPairs, *, grouping: 
 
 
 def mean_gain(gains: Sequence[Gain]) -> Gain:
-    """Mean over seeds; the interval's ends are means too: they hold the spread over users, which the seeds share, not that over seeds."""
-    return Gain(*(float(np.mean([getattr(g, name) for g in gains])) for name in ("mean", "low", "high")))
+    """Mean over seeds. Its interval adds the variance over users, which the seeds share, and that of the mean over seeds."""
+    mean, low, high = (float(np.mean([getattr(g, name) for g in gains])) for name in ("mean", "low", "high"))
+    spread = 1.96 * float(np.std([g.mean for g in gains], ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return Gain(mean, mean - math.hypot(mean - low, spread), mean + math.hypot(high - mean, spread))
 
 
 def fixed(name: str, bench: Bench) -> Scorer:

@@ -42,6 +42,7 @@ class Row(msgspec.Struct, frozen=True):
     seconds: float
     commit: str
     machine: str
+    gain_control: Gain | None = None  # over control, on test; None in rows of before this was measured
 
 
 class Check(NamedTuple):

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,12 +18,12 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 
 from benchmarks.methods_report import write_report
 from benchmarks.methods_rows import CONTROL, METHODS, Point, Row
+from benchmarks.rows import RESULTS, ROOT, append_row, commit, read_rows
 from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.arms import clustered_mean
 from esrl_ray.evaluation.frozen import UNSEEN, play
@@ -33,8 +32,6 @@ from esrl_ray.policy.policy import Policy
 from esrl_ray.simulation.oracle import ORACLES, create_oracle
 from esrl_ray.simulation.rounds import learn_online
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 NUM_STEPS, ROUND_STEPS = 60_000, 10_000
 
 
@@ -92,19 +89,6 @@ def measure(name: str, world: int, seed: int, *, num_steps: int, sessions: int, 
     )
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Finished rows; none when there is no file."""
-    return [msgspec.json.decode(line, type=Row) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
-
-
 def _missing(
     rows: Sequence[Row], names: Sequence[str], worlds: Sequence[int], seeds: Sequence[int], num_steps: int
 ) -> Iterator[tuple[str, int, int]]:
@@ -131,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     worlds, seeds = ([int(x) for x in text.split(",")] for text in (options.worlds, options.seeds))
     if unknown := sorted(set(names) - {*METHODS, *ORACLES}):
         parser.error(f"no methods {unknown}; there are {', '.join([*METHODS, *ORACLES])}")
-    rows, started, commit = read_rows(options.out), time.monotonic(), _commit()
+    rows, started = read_rows(options.out, Row), time.monotonic()
     wanted = [] if options.report_only else list(_missing(rows, names, worlds, seeds, options.steps))
     print(f"{len(rows)} rows are there, {len(wanted)} are missing", flush=True)
     queue, failed = iter(wanted), list[str]()
-    job = partial(measure, num_steps=options.steps, sessions=options.sessions, commit=commit)
+    job = partial(measure, num_steps=options.steps, sessions=options.sessions, commit=commit())
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(job, *key): key for key in itertools.islice(queue, options.jobs)}
         while running:
@@ -146,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"FAILED {failed[-1]}", flush=True)
             else:
                 rows.append(row := future.result())
-                with options.out.open("ab") as file:
-                    file.write(msgspec.json.encode(row) + b"\n")
+                append_row(options.out, row)
                 write_report([row for row in rows if row.num_steps == options.steps], options.out.with_suffix(""))
                 print(f"{time.monotonic() - started:6.0f} s  {row}", flush=True)
             if time.monotonic() - started < options.limit_s and (key := next(queue, None)) is not None:

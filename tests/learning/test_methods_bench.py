@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods import main, read_rows
+from benchmarks.methods import main
+from benchmarks.methods_rows import Row
+from benchmarks.rows import read_rows
 
 SHORT = ["--worlds", "1", "--seeds", "0", "--steps", "2500", "--sessions", "60", "--jobs", "1"]
 
@@ -18,7 +20,7 @@ def test_finished_rows_are_kept_and_missing_ones_are_measured(tmp_path: Path, ca
     main([*SHORT, "--methods", "static,cem,enhancedrl,oracle-instant", "--out", str(out)])
     assert "2 rows are there, 2 are missing" in capsys.readouterr().out
     assert out.read_bytes().startswith(first)
-    rows = {row.method: row for row in read_rows(out)}
+    rows = {row.method: row for row in read_rows(out, Row)}
     assert set(rows) == {"static", "cem", "enhancedrl", "oracle-instant"}
     for row in rows.values():
         assert (row.world, row.seed, row.num_steps, row.sessions) == (1, 0, 2500, 60)

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.kuairand import QUICK, QUICK_LAYERS, Effort, read_rows, run
+from benchmarks.kuairand import QUICK, QUICK_LAYERS, Effort, run
 from benchmarks.kuairand_methods import RL, SETTINGS, Gain, cem, compare, fixed, mean_gain, supervised
 from benchmarks.kuairand_report import Row, checks, report, warnings
+from benchmarks.rows import read_rows
 from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.metrics import group_auc, policy_scores
 from esrl_ray.methods.method import Exploration
@@ -175,7 +176,7 @@ def test_every_method_runs_and_a_second_call_measures_nothing_again(bench: Bench
     learnt = {r.method: r for r in ran if r.layer == "item"}
     assert all(learnt[m].gradient_steps == 20 and learnt[m].gated_round in (0, 1, 2) for m in RL)
     before = path.read_bytes()
-    assert run(bench, path, layers=layers, seeds=[0], effort=effort, commit="c", limit_s=1e9) == ran == read_rows(path)
+    assert run(bench, path, layers=layers, seeds=[0], effort=effort, commit="c", limit_s=1e9) == ran == read_rows(path, Row)
     assert path.read_bytes() == before
     assert len(run(bench, path, layers=layers, seeds=[0, 1], effort=effort, commit="c", limit_s=0)) == len(ran)
     text = report(ran)
@@ -208,8 +209,11 @@ def test_a_real_result_that_is_too_good_is_a_warning() -> None:
     assert "leak" in next(iter(warnings([row("real", name, 0.01, level=0.6451)])))
 
 
-def test_the_mean_over_seeds_has_the_mean_of_the_ends() -> None:
-    assert mean_gain([Gain(1.0, 0.0, 3.0), Gain(3.0, 2.0, 5.0)]) == Gain(2.0, 1.0, 4.0)
+def test_the_interval_of_the_mean_over_seeds_holds_their_spread_as_well() -> None:
+    # Seeds +-1 around 2: variance 2, of their mean 1. 1.96 beside the users' 1 below and 2 above.
+    found = mean_gain([Gain(1.0, 0.0, 3.0), Gain(3.0, 2.0, 5.0)])
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - (1 + 1.96**2) ** 0.5, 2 + (4 + 1.96**2) ** 0.5))
+    assert mean_gain([Gain(1.0, 0.0, 3.0)] * 2) == Gain(1.0, 0.0, 3.0)
 
 
 def test_the_quick_mode_is_a_part_of_the_whole() -> None:
