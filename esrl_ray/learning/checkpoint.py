@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,6 +35,7 @@ class Progress(msgspec.Struct):
     published: int = 0
     rejected: int = 0
     learnt_ms: int = 0  # clock of the last gradient step
+    limiters: Sequence[Mapping[str, float] | None] = ()  # totals of each shard's limiter
 
 
 def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> Path:

@@ -2,7 +2,7 @@
 
 Where truth lives: policies and the current round in the policy store, parameters in the newest checkpoint, data in the step log. The
 loop's own process may be killed at any time: it resumes from the newest checkpoint and takes over the store's round when that is ahead.
-Gradient steps after the checkpoint are lost and not replayed.
+Gradient steps after the checkpoint are lost; the shards get the sampling budget of that moment again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from esrl_ray.learning.algorithm import EnhancedRL, learner_results
 from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from esrl_ray.learning.judging import Judging
 from esrl_ray.learning.learner import GRADIENT_STEPS
-from esrl_ray.learning.rounds import fit_scales, next_round, together
+from esrl_ray.learning.rounds import fit_scales, next_round
+from esrl_ray.learning.shards import Shards
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import ROLLBACK, PolicySnapshot
 from esrl_ray.telemetry import Telemetry, log_change
-from esrl_ray.vocabulary import TransitionBatch, cut_lineage
+from esrl_ray.vocabulary import cut_lineage
 
 PROBE_LISTS = 64
 """Recent lists that the gate judges a policy on."""
@@ -80,12 +81,11 @@ class TrainingLoop:
             raise LoopError(f"policy.second_tier {config.policy.second_tier} has no log to read", "training loop", "pass read_newest")
         self._read_newest = read_newest
         self._config, self._spec = config, config.spec.build()
-        self._store, self._shards = store, list(shards)
+        self._store, self._shards = store, Shards(shards)
         self._checkpoints, self._clock_ms = checkpoint_dir, clock_ms
         self._config_digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
         self._progress = Progress(self._spec.digest)
         self._results: dict[str, float] = {}
-        self._inserted = [0] * len(self._shards)
         self._gradient_steps = self._published_steps = 0
         self._first: tuple[int, int] | None = None  # (clock, gradient steps) of the first call in this process
         self._last = {"publish": 0, "checkpoint": 0, "watch": 0}  # clock of each
@@ -153,9 +153,10 @@ class TrainingLoop:
         self._gradient_steps = self._published_steps = algorithm.published()[2]
         self._first, self._lineage = None, algorithm.lineage
         self._learner_pids = algorithm.each_learner(lambda _: os.getpid())
-        algorithm.draw_from(self._shards)
+        self._shards.resume(self._progress.limiters)
+        algorithm.draw_from(self._shards.handles)
         while not stop.is_set():
-            self._watch()
+            self._shards.watch(self._telemetry)
             if (snapshot := self._snapshot()) is not None and (not self._progress.fitted or self._adopt(algorithm, snapshot)):
                 return
             stop.wait(PAUSE_S)
@@ -163,7 +164,7 @@ class TrainingLoop:
     def _learn(self, algorithm: EnhancedRL, stop: threading.Event) -> None:
         while not stop.is_set():
             if self._due("watch", WATCH_MS):
-                self._watch()
+                self._shards.watch(self._telemetry)
             if not self._progress.fitted:
                 self._state = "warming up"
                 if not self._warm_up(algorithm):
@@ -173,7 +174,7 @@ class TrainingLoop:
             self._train(algorithm)
             if self._gradient_steps > self._published_steps and self._due("publish", self._config.policy.publish_interval_s * 1e3):
                 self._publish(algorithm)
-            if sum(self._inserted) - self._progress.round_from >= self._config.exploration.round_steps:
+            if self._shards.inserted - self._progress.round_from >= self._config.exploration.round_steps:
                 self._end_round(algorithm)
             if self._due("checkpoint", self._config.learner.checkpoint_interval_s * 1e3):
                 self._save(algorithm)
@@ -199,16 +200,16 @@ class TrainingLoop:
     def _warm_up(self, algorithm: EnhancedRL) -> bool:
         """Fit the first normaliser once enough lists are in; control serves until the first policy is accepted."""
         wanted = self._config.exploration.warmup_steps
-        if sum(self._inserted) < wanted or (lists := self._recent(wanted)) is None or (snapshot := self._snapshot()) is None:
+        if self._shards.inserted < wanted or (lists := self._shards.recent(wanted)) is None or (snapshot := self._snapshot()) is None:
             return False
         algorithm.set_scales(*fit_scales(lists), fold=False)
         anchor = Policy.from_bytes(snapshot.anchor)
         algorithm.set_anchor(anchor)
         if anchor.manifest.kind is not PolicyKind.STATIC:  # policies outlived the checkpoints
             algorithm.start_from_anchor()
-        self._enter(snapshot, round_from=0 if snapshot.round.number == 0 else sum(self._inserted))
+        self._enter(snapshot, round_from=0 if snapshot.round.number == 0 else self._shards.inserted)
         self._progress.fitted = True
-        log_change(_logger, "normaliser fitted, learning starts", {"steps": sum(self._inserted), "round": snapshot.round.number})
+        log_change(_logger, "normaliser fitted, learning starts", {"steps": self._shards.inserted, "round": snapshot.round.number})
         self._save(algorithm)
         return True
 
@@ -233,7 +234,7 @@ class TrainingLoop:
         )
         blob = Policy.of(manifest, parameters, normaliser).to_bytes()
         try:
-            progress.version = ray.get(self._store.publish.remote(blob, self._recent(PROBE_LISTS)), timeout=STORE_TIMEOUT_S)
+            progress.version = ray.get(self._store.publish.remote(blob, self._shards.recent(PROBE_LISTS)), timeout=STORE_TIMEOUT_S)
         except PolicyRejected as error:
             progress.rejected += 1
             self._telemetry.count("esrl_policy_rejected_total")
@@ -323,7 +324,7 @@ class TrainingLoop:
     def _go_on(self, number: int, why: str) -> None:
         """Let the round last for as many steps again."""
         _logger.info("round goes on number=%d: %s", number, why)
-        self._progress.round_from = sum(self._inserted)
+        self._progress.round_from = self._shards.inserted
         self._forget_verdict()
 
     def _forget_verdict(self) -> None:
@@ -335,35 +336,25 @@ class TrainingLoop:
         """Take over the store's round when it is not ours: its anchor, and scales refitted on recent lists. False: try again later."""
         if (self._progress.round, self._progress.anchor_version) == (snapshot.round.number, snapshot.round.anchor_version):
             return True
-        if (lists := self._recent(self._config.exploration.warmup_steps)) is None:
+        if (lists := self._shards.recent(self._config.exploration.warmup_steps)) is None:
             return False
         algorithm.set_scales(*fit_scales(lists), fold=True)
         algorithm.set_anchor(Policy.from_bytes(snapshot.anchor))
-        self._enter(snapshot, round_from=sum(self._inserted))
+        self._enter(snapshot, round_from=self._shards.inserted)
         return True
 
     def _enter(self, snapshot: PolicySnapshot, *, round_from: int) -> None:
         self._forget_verdict()
         turn = snapshot.round
         self._progress.round, self._progress.anchor_version, self._progress.round_from = turn.number, turn.anchor_version, round_from
-        log_change(_logger, "round entered", {"number": turn.number, "anchor": turn.anchor_version, "inserted": sum(self._inserted)})
+        log_change(_logger, "round entered", {"number": turn.number, "anchor": turn.anchor_version, "inserted": self._shards.inserted})
 
     def _save(self, algorithm: EnhancedRL) -> None:
+        self._shards.watch(self._telemetry)
+        self._progress.limiters = self._shards.limiters
         save_checkpoint(algorithm, self._checkpoints, self._progress)
         self._last["checkpoint"] = self._clock_ms()
         self._rebuilds = 0
-
-    def _watch(self) -> None:
-        """Inserted steps per shard. They count the whole log, also after a shard refilled itself; one that is away keeps its last count."""
-        for i, shard in enumerate(self._shards):
-            if (stats := actors.ask(shard.stats.remote)) is not None:
-                self._inserted[i] = stats["num_inserted"]
-                self._telemetry.gauge("esrl_replay_size_steps", stats["size"], shard=str(i))
-
-    def _recent(self, num_steps: int) -> TransitionBatch | None:
-        share = -(-num_steps // len(self._shards))
-        found = [lists for shard in self._shards if (lists := actors.ask(shard.recent_lists.remote, share)) is not None]
-        return together(found) if found else None
 
     def _snapshot(self) -> PolicySnapshot | None:
         snapshot: PolicySnapshot | None = actors.ask(self._store.snapshot.remote)

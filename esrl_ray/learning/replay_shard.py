@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -41,7 +41,8 @@ class ReplayShard:
         self._clock_ms = clock_ms
         self._committed_ms: dict[tuple[str, int], int] = {}
         self._workers = list(workers)
-        self._buffer.refill(self._workers, inserted_ms=clock_ms())
+        self._began_ms = clock_ms()
+        self._buffer.refill(self._workers, inserted_ms=self._began_ms)
         log_change(_logger, "replay shard ready", {"size": self._buffer.size, "lineage": cut_lineage(self._buffer.lineage)})
 
     def apply(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
@@ -81,8 +82,13 @@ class ReplayShard:
         self._buffer.catch_up(self._workers, inserted_ms=self._clock_ms())
         return self._buffer.num_inserted
 
+    def restore_limiter(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Go on with totals that the training loop kept; returns what they are now."""
+        self._buffer.restore_limiter(totals)
+        return self._buffer.limiter_state()
+
     def stats(self) -> dict[str, Any]:
-        """Lineage, sizes and counts."""
+        """Lineage, sizes, counts, the limiter's totals, and when this shard began."""
         buffer = self._buffer
         return {
             "lineage": dict(buffer.lineage),
@@ -90,6 +96,8 @@ class ReplayShard:
             "num_inserted": buffer.num_inserted,
             "num_samplable": buffer.num_samplable,
             "num_sampled": buffer.num_sampled,
+            "limiter": buffer.limiter_state(),
+            "began_ms": self._began_ms,
         }
 
     def status(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class ReplayBuffer:
         """
         logs = (self._timed(worker) for worker in workers)
         for _, worker, commit, rows in heapq.merge(*logs, key=lambda entry: entry[:3]):
-            self._insert(rows)
+            self._limiter.refill(self._insert(rows))
             self._mark(worker, commit, inserted_ms)
 
     def _timed(self, worker: str) -> Iterator[tuple[int, str, int, pa.Table]]:
@@ -152,7 +152,7 @@ class ReplayBuffer:
         return self._limiter.state()
 
     def restore_limiter(self, totals: Mapping[str, float]) -> None:
-        """Go on with the totals of a checkpoint."""
+        """Go on with the totals of a checkpoint, or of before a restart."""
         self._limiter.restore(totals)
 
     def _mark(self, worker: str, commit: int, inserted_ms: int) -> None:

@@ -43,9 +43,13 @@ class Limiter:
         return self._budget
 
     def insert(self, steps: int) -> None:
-        """Count new steps."""
-        self.num_inserted += steps
+        """Count new steps and grant their budget."""
+        self.refill(steps)
         self._budget = min(self._budget + self._ratio * steps, self._most)
+
+    def refill(self, steps: int) -> None:
+        """Count steps that were there before a restart."""
+        self.num_inserted += steps
 
     def take(self, samples: int, *, samplable: int) -> bool:
         """Spend the budget of a draw; False means wait."""
@@ -56,10 +60,11 @@ class Limiter:
         return True
 
     def state(self) -> dict[str, float]:
-        """Totals since the start of the run, and what is left of the budget, for a checkpoint."""
+        """Totals of the whole log, and what is left of the budget, for a checkpoint."""
         return {"inserted": self.num_inserted, "sampled": self.num_sampled, "budget": self._budget}
 
     def restore(self, totals: Mapping[str, float]) -> None:
-        """Go on with what `state` said."""
-        self.num_inserted, self.num_sampled = int(totals["inserted"]), int(totals["sampled"])
-        self._budget = min(totals["budget"], self._most)
+        """Go on with what `state` said; steps that came since then have their budget."""
+        missed = max(0, self.num_inserted - int(totals["inserted"]))
+        self.num_inserted, self.num_sampled = int(totals["inserted"]) + missed, int(totals["sampled"])
+        self._budget = min(totals["budget"] + self._ratio * missed, self._most)

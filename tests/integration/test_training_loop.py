@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 
 from esrl_ray import actors
 from esrl_ray.config import Config, load_config
+from esrl_ray.learning.checkpoint import PROGRESS_FILE, Progress
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
 from esrl_ray.policy.policy import Policy, PolicyKind
@@ -189,6 +190,9 @@ def test_the_loop_warms_up_publishes_ends_rounds_and_resumes(running: Running) -
     running.stop()
     before = running.loop.status()
     assert before["rejected"] == 0 and before["state"] == "stopped"
+    progress = max((running.folder / "checkpoints").glob("0*")) / PROGRESS_FILE
+    (totals,) = msgspec.json.decode(progress.read_bytes(), type=Progress).limiters
+    assert totals is not None and totals["sampled"] >= before["samples"]
 
     running.start()  # a new process would do the same
     running.until(lambda: running.loop.status()["state"] == "learning", num_steps=0)
@@ -202,14 +206,17 @@ def test_the_loop_warms_up_publishes_ends_rounds_and_resumes(running: Running) -
 
 
 def test_the_loop_goes_on_after_kill_9_of_the_shard_and_of_the_store(running: Running) -> None:
-    running.until(lambda: running.status("published") >= 1)
+    running.until(lambda: running.status("published") >= 2)
     pid = ray.get(running.shard.status.remote())["pid"]
-    before = ray.get(running.shard.stats.remote())["num_inserted"]
+    before = ray.get(running.shard.stats.remote())
     os.kill(pid, signal.SIGKILL)
 
     def refilled() -> bool:
+        """And the limiter has its totals again: more was drawn than since the restart."""
         status = actors.ask(running.shard.status.remote)
-        return status is not None and status["pid"] != pid and status["num_inserted"] > before
+        if status is None or status["pid"] == pid:
+            return False
+        return bool(status["num_inserted"] > before["num_inserted"] and status["limiter"]["sampled"] > status["num_sampled"])
 
     running.until(refilled)
     learns_on(running)

@@ -70,8 +70,9 @@ class Ending:
         )
         self.counted: list[str] = []
         self.loop._telemetry = SimpleNamespace(count=lambda name, **tags: self.counted.append(tags["outcome"]))  # type: ignore[assignment]
-        self.loop._inserted, self.loop._progress.anchor_version = [700], CONTROL_VERSION
-        monkeypatch.setattr(self.loop, "_recent", lambda _: None)  # so that nothing is adopted: there is no learner
+        self.loop._progress.anchor_version = CONTROL_VERSION
+        # 700 steps are in, and none is recent, so that nothing is adopted: there is no learner
+        monkeypatch.setattr(self.loop, "_shards", SimpleNamespace(inserted=700, recent=lambda _: None))
 
     def publish(self, value: float) -> int:
         spec = self.config.spec.build()
