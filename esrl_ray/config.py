@@ -110,6 +110,9 @@ class KafkaConfig(Section):
     max_dead_letter_share: float = Field(
         0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused."
     )
+    on_gap: Literal["stop", "skip"] = Field(
+        "stop", description="When retention deleted records that were not read: stop with an error, or go on and count them as skipped."
+    )
     late_topics: bool = Field(False, description="Events counted late are written to `<topic>.late`, before that commit.")
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ class Bucket(StrEnum):
     DEAD_LETTER = "dead_letter"
     NEVER_SHOWN = "never_shown"
     UNMATCHED = "unmatched"
+    SKIPPED = "skipped"  # by `kafka.on_gap: skip`: deleted before it was read, or a list whose decision was before its row
     IN_OPEN_SESSION = "in_open_session"
     NOT_YET_READ = "not_yet_read"
 

@@ -26,7 +26,7 @@ class OpenSessions:
     Args:
         config: Sections `join` and `reward`.
         settled: (topic -> bucket -> events), counted up here.
-        bulks: Decision id -> bulk; that of a decision which will have no row is dropped here.
+        bulks: Decision id -> bulk; that of a decision which will have no row is dropped here. A list without one is skipped.
         note_late: Told of each event that is counted late.
     """
 
@@ -181,10 +181,11 @@ class OpenSessions:
         session = self._steps[step.step_id][1]
         at = session.steps.index(step)
         session.num_unclosed -= 1
-        bucket = Bucket.JOINED if step.kept else Bucket.NEVER_SHOWN
+        has_row = step.kept and step.step_id in self._bulks
+        bucket = Bucket.JOINED if has_row else Bucket.SKIPPED if step.kept else Bucket.NEVER_SHOWN
         self._settled[DECISIONS][bucket] += 1
         self._settled[FEEDBACK][bucket] += step.num_feedback
-        if step.kept:
+        if has_row:
             step.closed, step.num_feedback, step.index = True, 0, session.num_retired + at
             self.num_closed += 1
             self.changed[step.step_id] = step
@@ -194,7 +195,7 @@ class OpenSessions:
                     self.changed[later.step_id] = later
         else:
             del session.steps[at], self._steps[step.step_id]
-            self._leave_behind(step, Bucket.NEVER_SHOWN)
+            self._leave_behind(step, bucket)
             if at > 0:
                 self._relink(session, at - 1)
         self._retire_if_done(session)

@@ -32,6 +32,13 @@ class RecordSource(Protocol):
     def reads_again(self) -> bool:
         """They are still coming."""
 
+    @property
+    def topic_ids(self) -> dict[str, str]:
+        """Topic -> id that changes when it is made anew, as far as known."""
+
+    def take_skipped(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) -> offsets passed over since the last call."""
+
     def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
         """Return no records of these (topic, partition), until the next call."""
 

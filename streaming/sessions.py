@@ -11,7 +11,7 @@ Ledger: a decision is joined when its step closes, feedback when it is applied t
 are in an open session. Every event is in exactly one bucket at any time.
 
 The state holds no bulk. A joiner that goes on from one lacks that of the steps which have no row yet, and wants their decisions again
-(`lacking`, `give_back`) before it advances.
+(`lacking`, `give_back`, or else `skip_lacking`) before it advances.
 """
 
 from __future__ import annotations
@@ -126,6 +126,10 @@ class SessionJoiner:
         del self._lacking[decision_id]
         self._take_bulk(decoded)
         return True
+
+    def skip_lacking(self) -> None:
+        """Go on without the decisions that are lacking: their lists will have no row, and are counted as skipped with their feedback."""
+        self._lacking = {}
 
     def push(self, decisions: Sequence[tuple[int, DecodedDecision]], feedback: Sequence[tuple[int, Feedback]]) -> None:
         """Take events, each topic's in the order of its offsets: (offset, event)."""

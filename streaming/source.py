@@ -1,9 +1,9 @@
 """Records from the assigned partitions of both topics, from given positions on. No consumer group: the position is our state, not Kafka's.
 
-Delivery: exactly the records from the stored positions on, in partition order, committed transactions only. Nothing is skipped: a gap
-(retention passed the position, a topic made anew, another number of partitions) is a `StreamError`. A broker that is down is not an
-error: `poll` returns nothing, `degraded_s` grows, and no partition counts as read to its end, or its watermark would follow the clock
-past events that producers still hold back.
+Delivery: exactly the records from the stored positions on, in partition order, committed transactions only. Nothing is skipped silently:
+a gap (retention passed the position, a topic made anew, another number of partitions) is a `StreamError`; with `kafka.on_gap: skip` the
+first kind is counted. A broker that is down is not an error: `poll` returns nothing, `degraded_s` grows, and no partition counts as read to
+its end, or its watermark would follow the clock past events that producers still hold back.
 
 kafka-python 3.0.12: `poll` spins at full speed while its broker is gone, so the port is asked first. ListOffsets waits behind the fetch
 that is under way on the same connection, hence the short `fetch_max_wait_ms`. Records of a partition that was paused in the middle of a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -78,10 +79,13 @@ class Source:
         self._assigned = [TopicPartition(topic, p) for topic in self._topics for p in partitions]
         self._stored = {_name(tp): positions[_name(tp)] for tp in self._assigned if _name(tp) in positions}
         self._positions: dict[Any, int] = {}
+        self._skipped: Counter[tuple[str, int]] = Counter()  # since `take_skipped`
+        self._topic_ids: dict[str, str] = {}
         self._again: dict[Any, int] = {}  # next offset of what is read again, while it is below the stored position
         self._held: set[Any] = set()  # as asked
         self._paused: set[Any] = set()  # as the consumer knows it
-        self._ends: dict[Any, int] = {}
+        self._ends: dict[Any, int] = {}  # of what can be read
+        self._highs: dict[Any, int] = {}  # ends as the last fetch told them, open transactions included
         self._ends_s = self._asked_s = clock_s() - ENDS_VALID_S
         self._max_poll_records = max_poll_records
         self._consumer: Any = None
@@ -103,6 +107,16 @@ class Source:
         """Before the first `poll`: first return the records from these offsets up to the stored positions once more."""
         self._again = {tp: starts[_name(tp)] for tp in self._assigned if _name(tp) in starts}
 
+    @property
+    def topic_ids(self) -> dict[str, str]:
+        """Topic -> Kafka's id of it, another one when it was made anew; empty before the first connection."""
+        return self._topic_ids
+
+    def take_skipped(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) -> offsets passed over since the last call because retention deleted them; only with `kafka.on_gap: skip`."""
+        skipped, self._skipped = self._skipped, Counter()
+        return dict(skipped)
+
     def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
         """Return no records of these (topic, partition), until the next call says otherwise."""
         self._held = {TopicPartition(topic, partition) for topic, partition in partitions}
@@ -113,6 +127,7 @@ class Source:
         Raises:
             StreamError: going on would lose events, the topics changed, or reading is not allowed.
         """
+        reads_again = bool(self._again)
         try:
             if self._consumer is None:
                 self._open()
@@ -121,14 +136,15 @@ class Source:
                 return []
             # All this before the poll: what fails here loses no records. The consumer's own positions also pass transaction markers.
             if self._out_of_range:
-                self._check_positions(self._positions)
-                self._check_again(self._first_offsets())
-                self._out_of_range = False  # they are there: a new leader was behind for a moment
-            if self._again:
+                self._check_positions(self._first_offsets())
+                self._assign(self._again or self._positions)
+                self._out_of_range = False  # they are there (a new leader was behind for a moment), or were skipped
+            if reads_again:
                 return self._poll_again(timeout_ms)
             for tp in self._assigned:
                 if (position := self._consumer.position(tp, timeout_ms=0)) is not None:
                     self._positions[tp] = position
+            self._note_highs(self._assigned)
             if self._down_since_s is not None or self._clock_s() - self._asked_s >= ENDS_INTERVAL_S:
                 self._refresh_ends()
             if self._held != self._paused:
@@ -157,11 +173,14 @@ class Source:
         return self._stored | {_name(tp): offset for tp, offset in self._positions.items()}
 
     def at_end(self, topic: str, partition: int) -> bool:
-        """Whether everything in the partition was returned, known from within the last 2 s; never while the broker is down."""
+        """Whether everything in the partition was returned, known from within the last 2 s; never while the broker is down.
+
+        An open transaction hides what stands behind its first record: the last offset that can be read is then below the end.
+        """
         tp = TopicPartition(topic, partition)
         if self._down_since_s is not None or self._clock_s() - self._ends_s > ENDS_VALID_S or tp not in self._positions:
             return False
-        return self._positions[tp] >= self._ends[tp]
+        return (high := self._highs.get(tp)) is not None and self._positions[tp] >= max(high, self._ends[tp])
 
     def lag(self) -> dict[tuple[str, int], int]:
         """(topic, partition) -> records that wait, as of the last refresh (0.5 s)."""
@@ -197,8 +216,7 @@ class Source:
             self._check_topics()
             firsts = self._first_offsets()
             self._positions = {tp: self._stored.setdefault(_name(tp), firsts[tp]) for tp in self._assigned}
-            self._check_positions(self._positions)
-            self._check_again(firsts)
+            self._check_positions(firsts)
         except BaseException:
             self.close()
             raise
@@ -211,9 +229,12 @@ class Source:
             self._consumer.seek(tp, position)
 
     def _poll_again(self, timeout_ms: int) -> list[Record]:
+        if not self._again:  # all of it was skipped
+            return []
         for tp in self._again:
             if (position := self._consumer.position(tp, timeout_ms=0)) is not None:
                 self._again[tp] = position
+        self._note_highs(self._again)
         batches = self._consumer.poll(timeout_ms=timeout_ms)
         self._again |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
         records = [_record(tp, raw) for tp, batch in batches.items() for raw in batch if raw.offset < self._positions[tp]]
@@ -224,7 +245,16 @@ class Source:
             self._refresh_ends()
         return records
 
+    def _note_highs(self, partitions: Iterable[Any]) -> None:
+        """Kept, because the consumer forgets them when it is assigned anew and the broker tells them only when they change."""
+        for tp in partitions:
+            if (high := self._consumer.highwater(tp)) is not None:
+                self._highs[tp] = high
+
     def _check_again(self, firsts: Mapping[Any, int]) -> None:
+        if self._config.on_gap == "skip":
+            starts = {tp: max(start, firsts[tp]) for tp, start in self._again.items()}
+            self._again = {tp: start for tp, start in starts.items() if start < self._positions[tp]}
         for tp, start in self._again.items():
             if start < firsts[tp]:
                 raise StreamError(
@@ -232,7 +262,7 @@ class Source:
                     f"{firsts[tp]}: retention deleted them, or the topic was made anew",
                     f"{tp.topic}[{tp.partition}]@{start}",
                     "raise the topic's retention above join.label_age_s + join.lateness_s + the longest pause; "
-                    "to go on without these lists, start with a new run.dir",
+                    "to go on without these lists, set kafka.on_gap to skip",
                 )
 
     def _first_offsets(self) -> dict[Any, int]:
@@ -249,18 +279,27 @@ class Source:
             if not (found := self._consumer.partitions_for_topic(topic)):
                 raise _NotThereError(f"topic {topic} does not exist (yet)")
             check_partitions(self._config, topic, len(found))
+            if (topic_id := self._consumer._client.cluster.topic_id(topic)) is not None:  # a broker before 2.8 has none
+                self._topic_ids[topic] = str(topic_id)
 
-    def _check_positions(self, positions: Mapping[Any, int]) -> None:
+    def _check_positions(self, firsts: Mapping[Any, int]) -> None:
         """Every position must lie between the first and the end offset of its partition."""
-        firsts, ends = self._first_offsets(), self._ask(self._consumer.end_offsets, 5_000)
-        for tp, position in positions.items():
-            if not firsts[tp] <= position <= ends[tp]:
+        ends = self._ask(self._consumer.end_offsets, 5_000)
+        for tp, position in self._positions.items():
+            if position < firsts[tp] and self._config.on_gap == "skip":
+                _logger.warning("skipped what retention deleted where=%s@%d to=%d", _name(tp), position, firsts[tp])
+                self._skipped[tp.topic, tp.partition] += firsts[tp] - position
+                self._positions[tp] = firsts[tp]
+            elif not firsts[tp] <= position <= ends[tp]:
                 what = "retention deleted records that were not read" if position < firsts[tp] else "the topic was made anew or cut"
                 raise StreamError(
                     f"the stored position {position} is outside of what the broker has, {firsts[tp]} to {ends[tp]}: {what}",
                     f"{tp.topic}[{tp.partition}]@{position}",
-                    "raise the topic's retention above the longest pause; to go on with a gap, start with a new run.dir",
+                    "raise the topic's retention above the longest pause; to go on with a gap, set kafka.on_gap to skip"
+                    if position < firsts[tp]
+                    else "its events are other ones than those that were read: start with a new run.dir",
                 )
+        self._check_again(firsts)
 
     def _refresh_ends(self) -> None:
         self._asked_s = self._clock_s()

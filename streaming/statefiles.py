@@ -29,6 +29,7 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     positions: dict[str, int]  # "topic/partition" -> next offset
     joiners: dict[int, bytes]  # partition -> SessionJoiner.snapshot()
     committed_ms: int
+    topic_ids: dict[str, str] = {}  # topic -> Kafka's id of it
 
 
 def open_store(root: str) -> tuple[fs.FileSystem, str]:

@@ -93,6 +93,7 @@ class IngestWorker:
             )
         self._commit = -1 if state is None else state.commit
         self._committed_ms = 0 if state is None else state.committed_ms
+        self._topic_ids = {} if state is None else state.topic_ids
         stored = {} if state is None else state.joiners
         self._joiners = {p: SessionJoiner(p, config, state=stored.get(p)) for p in self._partitions}
         self._source = source_factory({} if state is None else state.positions)
@@ -140,6 +141,8 @@ class IngestWorker:
         """
         with self._alone():
             records = self._source.poll(max(0, min(POLL_MS, self._due_ms - self._clock_ms())))
+            for (topic, partition), num in self._source.take_skipped().items():
+                self._joiners[partition].settle(DECISIONS if topic == self._names[DECISIONS] else FEEDBACK, Bucket.SKIPPED, num)
             if self._lacking:
                 self._take_again(records)
                 return len(records)
@@ -204,7 +207,11 @@ class IngestWorker:
         if self._source.reads_again:
             return
         for partition in self._lacking:
-            if gone := sorted(self._joiners[partition].lacking.values()):
+            gone = sorted(self._joiners[partition].lacking.values())
+            if gone and self._config.kafka.on_gap == "skip":
+                self._joiners[partition].skip_lacking()
+                _logger.warning("skipped lists without a row worker=%s partition=%d lists=%d", self._worker, partition, len(gone))
+            elif gone:
                 raise StreamError(
                     f"{len(gone)} decisions from offset {gone[0]} to {gone[-1]} are needed again for lists without a row and do not come",
                     f"{self._names[DECISIONS]}[{partition}]@{gone[0]}",
@@ -298,6 +305,7 @@ class IngestWorker:
         if not rows and ledger == self._last_ledger:  # every event read changes the ledger
             self._take_status()
             return
+        self._check_topic_ids()
         n, table = self._commit + 1, rows_to_table(rows)
         for joiner in self._joiners.values():
             for late in joiner.take_late():
@@ -309,6 +317,7 @@ class IngestWorker:
             positions=self._source.positions(),
             joiners={p: joiner.snapshot() for p, joiner in self._joiners.items()},
             committed_ms=start_ms,
+            topic_ids=self._topic_ids,
         )
         self._log.commit(state, table)
         self._commit, self._last_ledger, self._committed_ms = n, ledger, self._clock_ms()
@@ -320,6 +329,19 @@ class IngestWorker:
                 publish(self._worker, n, table, self._committed_ms)
             except Exception as error:  # a subscriber's trouble must not stop the log
                 _logger.warning("publish failed worker=%s commit=%d reason=%s", self._worker, n, error)
+
+    def _check_topic_ids(self) -> None:
+        """Offsets of a topic made anew mean other records, also where it has as many already."""
+        ids = self._source.topic_ids
+        for topic, was in self._topic_ids.items():
+            if (now := ids.get(topic, was)) != was:
+                positions = " ".join(f"{where}@{n}" for where, n in self._source.positions().items() if where.rpartition("/")[0] == topic)
+                raise StreamError(
+                    f"topic {topic} was made anew: its id was {was}, now it is {now}",
+                    positions,
+                    "nothing of the new one was committed; start with a new run.dir",
+                )
+        self._topic_ids = self._topic_ids | ids
 
     def _ledger(self) -> dict[str, dict[str, int]]:
         total: Counter[tuple[str, Bucket]] = Counter()

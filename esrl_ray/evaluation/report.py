@@ -85,6 +85,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     dead_letter: int
     never_shown: int
     unmatched: int
+    skipped: int
     in_open_session: int
     not_yet_read: int
     closes: bool  # in each topic the buckets sum to what was produced

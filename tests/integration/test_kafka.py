@@ -6,15 +6,13 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import StreamError
 from streaming import wire
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 from streaming.client import connect
@@ -135,22 +133,6 @@ def test_positions_are_next_offsets_and_reading_goes_on_from_them(kafka_config: 
     second.close()
 
 
-def test_aborted_transactions_are_not_read_and_do_not_keep_a_partition_from_its_end(kafka_config: KafkaConfig) -> None:
-    producer = connect(KafkaProducer, kafka_config, transactional_id=uuid.uuid4().hex)
-    producer.init_transactions()
-    for commit in (True, False):
-        producer.begin_transaction()
-        producer.send(kafka_config.feedback_topic, value=b"yes" if commit else b"no", partition=1)
-        producer.flush()
-        (producer.commit_transaction if commit else producer.abort_transaction)()
-    producer.close()
-    source = _source(kafka_config)
-    assert [r.value for r in _read(source, 1)] == [b"yes"]
-    _until(lambda: source.poll(50) == [] and source.at_end(kafka_config.feedback_topic, 1))
-    assert source.positions()[f"{kafka_config.feedback_topic}/1"] == 4
-    source.close()
-
-
 def test_a_broker_killed_under_load_and_started_again_loses_no_event(own_broker: EmbeddedBroker, tmp_path: Path) -> None:
     config = KafkaConfig(bootstrap_servers=own_broker.bootstrap_servers)
     ensure_topics(config)
@@ -235,57 +217,6 @@ def test_an_event_that_is_too_large_is_counted_and_holds_nobody_up(kafka_config:
     assert (producer.acked[kafka_config.feedback_topic], producer.failed, producer.spooled) == (2, 1, 0)
 
 
-def test_a_position_before_the_first_kept_record_is_an_error_that_names_the_gap(kafka_config: KafkaConfig) -> None:
-    producer = connect(KafkaProducer, kafka_config)
-    for _ in range(10):
-        producer.send(kafka_config.feedback_topic, value=b"x", partition=2)
-    producer.close()
-    admin = connect(KafkaAdminClient, kafka_config)
-    admin.delete_records({TopicPartition(kafka_config.feedback_topic, 2): 6})
-    admin.close()
-    late = _source(kafka_config, {f"{kafka_config.feedback_topic}/2": 3})
-    with pytest.raises(StreamError, match=rf"position 3 .* 6 to 10: retention.*{kafka_config.feedback_topic}\[2\]@3"):
-        late.poll(100)
-    early = _source(kafka_config, {f"{kafka_config.feedback_topic}/2": 11})
-    with pytest.raises(StreamError, match="made anew"):
-        early.poll(100)
-    fresh = _source(kafka_config)
-    assert [r.offset for r in _read(fresh, 4)] == [6, 7, 8, 9]
-    for source in (late, early, fresh):
-        source.close()
-
-
-def test_records_below_the_positions_are_read_again_first_and_then_it_goes_on(kafka_config: KafkaConfig) -> None:
-    producer, topic = connect(KafkaProducer, kafka_config), kafka_config.decisions_topic
-    for number in range(12):
-        for partition in (0, 1, 2):
-            producer.send(topic, value=b"%d" % number, partition=partition)
-    producer.send(kafka_config.feedback_topic, value=b"f", partition=0)
-    producer.flush()
-    positions = {f"{topic}/{p}": 8 for p in ALL if p < 3}
-    source = Source(kafka_config, ALL, positions, max_poll_records=5)
-    source.read_again({f"{topic}/0": 3, f"{topic}/1": 6})
-    again: list[Record] = []
-    for _ in range(300):
-        again += source.poll(100) if source.reads_again else []
-    offsets = {p: [r.offset for r in again if r.partition == p] for p in ALL}
-    assert offsets == {0: [3, 4, 5, 6, 7], 1: [6, 7], 2: [], 3: []} and {r.topic for r in again} == {topic}
-    assert positions.items() <= source.positions().items() and not source.at_end(topic, 0)
-    rest = _read(source, 13)
-    assert sorted((r.topic, r.partition, r.offset) for r in rest) == sorted(
-        [(topic, p, offset) for p in range(3) for offset in range(8, 12)] + [(kafka_config.feedback_topic, 0, 0)]
-    )
-    admin = connect(KafkaAdminClient, kafka_config)
-    admin.delete_records({TopicPartition(topic, 0): 5})
-    admin.close()
-    late = Source(kafka_config, ALL, positions, max_poll_records=5)
-    late.read_again({f"{topic}/0": 3})
-    with pytest.raises(StreamError, match=rf"from offset 3 on .* has is 5: .*{topic}\[0\]@3.*join.label_age_s"):
-        late.poll(100)
-    for closed in (producer, source, late):
-        closed.close()
-
-
 def test_a_partition_that_is_held_waits_where_it_is(kafka_config: KafkaConfig) -> None:
     producer, topic = connect(KafkaProducer, kafka_config), kafka_config.decisions_topic
     for number in range(20):
@@ -304,46 +235,4 @@ def test_a_partition_that_is_held_waits_where_it_is(kafka_config: KafkaConfig) -
     rest = _read(source, 20 - len(held))
     assert [*held, *(r.offset for r in rest)] == list(range(20)) and {r.partition for r in rest} == {1 - other}
     producer.close()
-    source.close()
-
-
-def test_records_deleted_in_front_of_a_running_reader_are_an_error_too(kafka_config: KafkaConfig) -> None:
-    producer = connect(KafkaProducer, kafka_config)
-    producer.send(kafka_config.feedback_topic, value=b"x" * 100, partition=0)
-    producer.flush()
-    source = Source(kafka_config, ALL, {}, max_poll_records=1)
-    assert len(_read(source, 1)) == 1
-    for _ in range(5):
-        source._consumer.pause(TopicPartition(kafka_config.feedback_topic, 0))
-        producer.send(kafka_config.feedback_topic, value=b"x", partition=0)
-        producer.flush()
-    producer.close()
-    admin = connect(KafkaAdminClient, kafka_config)
-    admin.delete_records({TopicPartition(kafka_config.feedback_topic, 0): 4})
-    admin.close()
-    source._consumer.resume(TopicPartition(kafka_config.feedback_topic, 0))
-    with pytest.raises(StreamError, match=r"position 1 .* 4 to 6"):
-        for _ in range(100):
-            source.poll(50)
-    source.close()
-
-
-def test_topics_with_another_number_of_partitions_are_refused(kafka_config: KafkaConfig) -> None:
-    wrong = kafka_config.model_copy(update={"num_partitions": 3})
-    with pytest.raises(StreamError, match=r"has 4 partitions, kafka\.num_partitions is 3"):
-        ensure_topics(wrong)
-    with pytest.raises(StreamError, match="has 4 partitions"):
-        Source(wrong, range(3), {}, max_poll_records=10).poll(100)
-
-
-def test_partitions_added_while_reading_stop_the_reader(kafka_config: KafkaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streaming.source.METADATA_MAX_AGE_MS", 500)
-    source = _source(kafka_config)
-    source.poll(50)
-    admin = connect(KafkaAdminClient, kafka_config)
-    admin.create_partitions({kafka_config.feedback_topic: 6})
-    admin.close()
-    with pytest.raises(StreamError, match=r"has 6 partitions, kafka\.num_partitions is 4"):
-        for _ in range(100):
-            source.poll(50)
     source.close()

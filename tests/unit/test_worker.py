@@ -40,6 +40,8 @@ class World:
         self.state: WorkerState | None = None
         self.commits: list[pa.Table] = []
         self.dead: dict[tuple[str, int, int], str] = {}
+        self.topic_ids: dict[str, str] = {}
+        self.skipped: dict[tuple[str, int], int] = {}
         self.late_events: dict[tuple[str, str], Event] = {}
         self.published: list[tuple[str, int, pa.Table, int]] = []
         self.crash_at = ""
@@ -127,10 +129,15 @@ class Topics:
         self.world, self.keys = world, [key for key in world.topics if key[1] in partitions]
         self.at = {key: positions.get(f"{key[0]}/{key[1]}", 0) for key in self.keys}
         self.again: list[Record] = []
+        self.topic_ids = world.topic_ids
         self.held: set[tuple[str, int]] = set()
 
     def hold(self, partitions: Iterable[tuple[str, int]]) -> None:
         self.held = set(partitions)
+
+    def take_skipped(self) -> dict[tuple[str, int], int]:
+        skipped, self.world.skipped = self.world.skipped, {}
+        return skipped
 
     def read_again(self, starts: Mapping[str, int]) -> None:
         for where, start in starts.items():

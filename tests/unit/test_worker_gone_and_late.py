@@ -97,3 +97,35 @@ def test_late_events_are_written_before_the_commit_that_counts_them(crash_at: st
     assert world.late_events == told
     ledger = worker.status()["ledger"]
     assert (ledger["decisions"]["late"], ledger["feedback"]["late"]) == (1, 6)
+
+
+def test_with_on_gap_skip_a_list_that_the_topic_lost_is_counted_and_leaves_no_link_to_it() -> None:
+    config = CONFIG.model_copy(update={"kafka": CONFIG.kafka.model_copy(update={"on_gap": "skip"})})
+    world, partition = with_an_open_list(), partition_of(b"s", PARTITIONS)
+    world.write(decision("b", 3, session="s"))
+    world.write(feedback("b", "shown", 3.1, session="s"))
+    records = world.topics["decisions", partition]
+    records[1] = records[1]._replace(offset=-1)  # never returned again
+    world.skipped = {("decisions", partition): 7, ("feedback", 0): 2}
+    worker = world.worker(config=config)
+    assert worker.drain(world.ends, 60.0)
+    (row,) = pa.concat_tables(world.commits).to_pylist()
+    assert (row["step_id"], row["index"], row["ended"]) == ("b", 0, "truncated")
+    ledger = {topic: {bucket: n for bucket, n in buckets.items() if n} for topic, buckets in worker.status()["ledger"].items()}
+    assert ledger["decisions"] == {"joined": 1, "duplicate": 1, "dead_letter": 2, "skipped": 1 + 7}
+    assert ledger["feedback"] == {"joined": 1, "skipped": 1 + 2}
+
+
+def test_a_topic_made_anew_with_as_many_records_stops_the_worker_before_it_commits() -> None:
+    world = World()
+    world.topic_ids = {"decisions": "one", "feedback": "two"}
+    visits(world)
+    worker = world.worker()
+    assert worker.drain(world.ends, 60.0)
+    num_commits = len(world.commits)
+    world.topic_ids = {"decisions": "one", "feedback": "three"}
+    world.write(feedback("d0-0", "click", 5, item="i0", session="s0"))
+    worker = world.worker()
+    with pytest.raises(StreamError, match=r"feedback was made anew: its id was two, now it is three \(at feedback/0@\d+ feedback/1@\d+\)"):
+        worker.drain(world.ends, 60.0)
+    assert len(world.commits) == num_commits

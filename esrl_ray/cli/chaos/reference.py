@@ -78,7 +78,10 @@ class _Replayed:
             taken += batch
         return taken
 
-    reads_again = False
+    reads_again, topic_ids = False, dict[str, str]()
+
+    def take_skipped(self) -> dict[tuple[str, int], int]:
+        return {}
 
     def read_again(self, starts: Mapping[str, int]) -> None:
         assert not starts, "it never dies"
