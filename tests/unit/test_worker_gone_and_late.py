@@ -7,7 +7,7 @@ import threading
 import pyarrow as pa
 import pytest
 
-from esrl_ray.errors import StreamError
+from esrl_ray.errors import BrokerError, StreamError
 from streaming.source import partition_of
 from streaming.wire import encode
 from tests.unit.test_sessions import decision, feedback
@@ -129,3 +129,19 @@ def test_a_topic_made_anew_with_as_many_records_stops_the_worker_before_it_commi
     with pytest.raises(StreamError, match=r"feedback was made anew: its id was two, now it is three \(at feedback/0@\d+ feedback/1@\d+\)"):
         worker.drain(world.ends, 60.0)
     assert len(world.commits) == num_commits
+
+
+def test_the_position_does_not_pass_a_bad_record_that_has_no_dead_letter_yet() -> None:
+    world = World()
+    world.raw("feedback", b"poison")
+
+    def fail() -> None:
+        raise BrokerError("1 dead letters or late events were not acknowledged")
+
+    working, world.flush = world.flush, fail  # type: ignore[method-assign]
+    with pytest.raises(BrokerError, match="not acknowledged"):
+        world.worker().drain(world.ends, 60.0)
+    assert world.commits == [] and world.state is None
+    world.flush = working  # type: ignore[method-assign]
+    assert world.worker().drain(world.ends, 60.0)
+    assert world.dead.keys() == {("feedback", 0, 0)} and world.state.positions["feedback/0"] == 1  # type: ignore[attr-defined]
