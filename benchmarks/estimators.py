@@ -88,7 +88,7 @@ class Lines:
 def run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """One line per world, log, seed and policy."""
     lines, wanted = Lines(work / "lines.jsonl"), []
-    settings = Settings(limits=SupportLimits(0, 0, 0.0, 0.0, 0.0), min_effective_sessions=0.0)
+    settings = Settings(limits=SupportLimits(0, 0, 0.0, 0.0, 0.0, max_width=1e9), min_effective_sessions=0.0)
     for world in arguments.worlds:
         config = load_config(ROOT / "configs" / "demo.yaml", [f"simulation.world_seed={world}"])
         (work / f"world-{world}").mkdir(parents=True, exist_ok=True)

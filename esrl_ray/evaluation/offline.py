@@ -52,6 +52,18 @@ class Estimate(msgspec.Struct, frozen=True):
         """Of an estimate and its resamples."""
         return cls(draws.mean, draws.bound(0.025), draws.bound(0.975))
 
+    def fault(self, *, earned: float, limits: SupportLimits) -> str | None:
+        """Why it must not be believed: half of the users may not determine the fixed point, and only its resamples show that.
+
+        Args:
+            earned: Root mean square of what the log's sessions earn.
+            limits: The widest interval.
+        """
+        if self.ci_high - self.ci_low <= limits.max_width * earned:
+            return None
+        interval = f"interval [{self.ci_low:.4g}, {self.ci_high:.4g}]"
+        return f"{interval} wider than {limits.max_width:g} x {earned:.4g}, what sessions earn (root mean square): more lists are needed"
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -80,6 +92,9 @@ class OffPolicy:
         seed: Of folds, features, noise and resamples.
         settings: How estimates are made.
         users: (n,) bool: lists of the users that estimates may use; None = all.
+
+    Attributes:
+        earned: Root mean square of what the sessions earn.
 
     Raises:
         MethodError: no list can be used.
@@ -115,6 +130,7 @@ class OffPolicy:
             raise MethodError(f"the lists of {len(used)} users do not make two folds", "evaluation", "give a log of more users")
         self._counts = np.concatenate([np.ones((1, groups)), rng.multinomial(groups, np.full(groups, 1 / groups), self.settings.resamples)])
         self._rewards = steps.list_rewards.sum(1).astype(np.float64)
+        self.earned = float(np.sqrt((steps.returns(self.settings.gamma)[self._first] ** 2).mean()))
 
     @cached_property
     def _features(self) -> tuple[ListFeatures, ListFeatures]:
@@ -181,11 +197,13 @@ class OffPolicy:
             mine = self._folds == fold
             ratios[mine] = taken[mine] @ here.ratios()[0]
         support = self.lists.support(policy, ratios[self._known], np.flatnonzero(self._known))
-        estimates = {name: _draws(total / np.maximum(num_sessions, 1e-9)) for name, total in sums.items()}
-        refused: dict[str, str] = {}
+        fitted = {name: _draws(total / np.maximum(num_sessions, 1e-9)) for name, total in sums.items()}
+        found = {name: Estimate.of(draws).fault(earned=self.earned, limits=settings.limits) for name, draws in fitted.items()}
+        refused = {name: fault for name, fault in found.items() if fault is not None}
+        estimates = {name: draws for name, draws in fitted.items() if name not in refused}
         effective = self._by_density(policy, estimates, refused) if by_density else 0.0
         if faults := support.faults(settings.limits):
-            refused |= dict.fromkeys(estimates, "; ".join(faults))
+            refused |= dict.fromkeys([*fitted, *estimates], "; ".join(faults))
             estimates = {}
         return Value(support, estimates, refused, effective)
 

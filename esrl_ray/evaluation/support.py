@@ -27,13 +27,14 @@ NUM_DRAWS = 32
 
 
 class SupportLimits(msgspec.Struct, frozen=True):
-    """Below any of these an estimate is refused. The defaults are from benchmarks/results/estimators.md."""
+    """Outside any of these an estimate is refused. The defaults are from benchmarks/results/estimators.md and support.md."""
 
     min_users: int = 100  # the bootstrap resamples users: below about 100 its intervals are too narrow
     min_sessions: int = 300  # reward per session varies by 1.1 of its mean: 300 give +-12 % at best
     min_overlap: float = 0.45  # share of the policy's list that was really shown
     min_ess: float = 1_000.0  # effective lists behind a value
     min_ess_share: float = 0.1  # and as a share of the lists: below, errors of a third were seen
+    max_width: float = 2.5  # of a fitted 95 % interval, in root mean squares of what sessions earn: above, resamples disagree
 
 
 class Support(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from esrl_ray.replay.steps import CUT, LEFT, Steps
 from tests.step_tables import write_log
 from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
 
-NO_LIMITS = SupportLimits(0, 0, 0.0, 0.0, 0.0)
+NO_LIMITS = SupportLimits(0, 0, 0.0, 0.0, 0.0, max_width=1e9)
 FAST = Settings(num_updates=0, resamples=100, num_groups=100, min_effective_sessions=0.0, limits=NO_LIMITS, kernel=1.0)
 REWARDS, LEAVES = (1.0, 0.2), (0.5, 0.05)
 """Of showing A and B, and chances to leave after them: always A is worth 1 / .5 = 2, always B .2 / .05 = 4."""

@@ -85,7 +85,7 @@ def test_too_little_data_abstains_with_the_reason(setting: Config) -> None:
     assert few.outcome == "abstain" and "too little support: users 20, at least 50 needed; sessions 20" in few.text
     apart = judge(setting, sessions=60, seed=0, candidate=ALWAYS_A, leaves=WORSE, settings=FAR)
     assert apart.outcome == "abstain" and "too little support for the candidate: overlap" in apart.text
-    no_limits = Settings(num_updates=0, resamples=10, limits=SupportLimits(0, 0, 0.0, 0.0, 0.0))
+    no_limits = Settings(num_updates=0, resamples=10, limits=SupportLimits(0, 0, 0.0, 0.0, 0.0, max_width=1e9))
     alone = judge(setting, sessions=1, seed=0, candidate=ALWAYS_A, leaves=WORSE, settings=no_limits)
     assert alone.outcome == "abstain" and "the lists of 1 users do not make two folds" in alone.text
     nobody = judge(setting, sessions=20, seed=0, candidate=ALWAYS_A, leaves=WORSE, rule=Rule(held_out_share=0.0))
