@@ -98,8 +98,8 @@ def report(rows: Sequence[Row]) -> str:
         "",
         f"Written by `python -m benchmarks.support`; commits {', '.join(commits)}; worlds {worlds}, seeds {seeds}; logs of one round "
         f"around control, 600 gradient steps of the features, 100 resamples; real values from {SESSIONS:,} sessions. "
-        f"{len(rows)} values of {num_logs} logs, {len(supported)} of them inside the other default limits: those count here. Wild: more than "
-        "a third off the real value.",
+        f"{len(rows)} values of {num_logs} logs, {len(supported)} of them inside the other default limits: those count here. Wild: more "
+        "than a third off the real value.",
         "",
         "| limit | fqe: let through | wild | worst error | dr: let through | wild | worst error |",
         "|---|---|---|---|---|---|---|",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.kuairand import QUICK, QUICK_LAYERS, Effort, run
 from benchmarks.kuairand_methods import RL, SETTINGS, Gain, cem, compare, fixed, mean_gain, supervised
-from benchmarks.kuairand_report import Row, checks, report, warnings
+from benchmarks.kuairand_report import Row, checks, reference_of, report, warnings
 from benchmarks.rows import read_rows
 from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.metrics import group_auc, policy_scores
@@ -201,6 +202,19 @@ def test_thresholds_are_kept_by_good_rows_and_missed_by_bad_ones() -> None:
     assert [c.kept for c in checks(leaking)][-3:] == [False, False, False]
     assert [c.kept for c in checks([row("real", name, -0.009)])] == [False]
     assert [c.kept for c in checks([row("real", "user-only", 0.0, level=0.51)])] == [False]
+
+
+def test_where_control_ranks_above_the_searched_vector_gains_are_over_control() -> None:
+    name = next(iter(RL))
+    over = [
+        msgspec.structs.replace(row("user", name, 0.02, seed=s), gain_control=Gain(g, g - 0.005, g + 0.005))
+        for s, g in enumerate((0.01, 0.015))
+    ]
+    rows = [*over, row("user", "cem", 0.0, level=0.6), row("user", "control", 0.01, level=0.61)]
+    assert reference_of(rows, "user") == "control" and reference_of(rows[:3], "user") == "CEM"
+    found = list(checks(rows))
+    assert [c.kept for c in found] == [True, True, True] and "mean +0.0125 over control" in found[0].text
+    assert "| +0.0200, +0.0200 | +0.0125 [" in report(rows)
 
 
 def test_a_real_result_that_is_too_good_is_a_warning() -> None:
