@@ -21,6 +21,11 @@ from esrl_ray.evaluation.metrics import gauc_of_policies, label_of, shown_pairs
 from esrl_ray.evaluation.offline import Estimate, OffPolicy, Settings, Value
 from esrl_ray.policy.policy import Policy
 
+FLATTERED = (
+    "judged by all users of the log, also those that the policy may have been learnt from, which flatters it: hold some out with"
+    " policy.held_out_share before learning"
+)
+
 
 @click.command()
 @click.option("--log", required=True, help="A run's folder, a step log, or Parquet of its columns, as `esrl train --log` takes it.")
@@ -38,6 +43,7 @@ from esrl_ray.policy.policy import Policy
     "--updates", type=click.IntRange(0), default=600, show_default=True, help="Gradient steps of the features; 0 = inputs as they are."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, features, resamples.")
+@click.option("--all-users", is_flag=True, help="Judge by all users, also where policy.held_out_share left some out of learning.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     *,
@@ -52,9 +58,13 @@ def evaluate(
     gamma: float,
     updates: int,
     seed: int,
+    all_users: bool,
     as_json: bool,
 ) -> None:
     """Estimate a policy's reward per session from a log, beside another policy's, with support and 95 % intervals over users.
+
+    Judges by the users whom policy.held_out_share left out of learning, if there are any; else by all, and says that this flatters what
+    was learnt from them.
 
     Exits with 2 and the reasons when the log supports no estimate of --policy.
     """
@@ -65,7 +75,11 @@ def evaluate(
     for policy in policies.values():
         if policy.spec != spec:
             raise SpecMismatch(f"policy is for spec {policy.spec.digest}, this deployment's is {spec.digest}", str(folder))
-    read = read_log(log, config)
+    read, warning = read_log(log, config), None
+    if config.policy.held_out_share and not all_users:
+        read = read.of_users(config, held_out=True)
+    else:
+        warning = FLATTERED
     steps = read.steps
     if "num_candidates" not in read.table.column_names:
         raise InputDataError("column 'num_candidates' is missing: how likely an unshown pair was logged", read.where, "add it")
@@ -79,7 +93,7 @@ def evaluate(
         settings=Settings(gamma=gamma, num_updates=updates),
     )
     values = {name: asked.value(policy) for name, policy in policies.items()}
-    report = _report(values, {name: msgspec.to_builtins(entries) for name, entries in gauc.items()}, asked)
+    report = {"warning": warning} | _report(values, {name: msgspec.to_builtins(entries) for name, entries in gauc.items()}, asked)
     if as_json:
         click.echo(msgspec.json.encode(report).decode())
     else:
@@ -111,6 +125,8 @@ def _report(values: Mapping[str, Value], gauc: Mapping[str, Any], asked: OffPoli
 
 def _print(report: Mapping[str, Any]) -> None:
     console = Console()
+    if report["warning"]:
+        console.print(f"WARNING: {report['warning']}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, title="reward per session (ncis_list: per list), 95 % intervals over users", title_justify="left")
     for name in ("estimate", "policy", "against", "difference"):
         table.add_column(name)

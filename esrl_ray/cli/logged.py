@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from esrl_ray.cli.log import parse_as_of
 from esrl_ray.config import Config
 from esrl_ray.errors import InputDataError, LogError, SpecMismatch
+from esrl_ray.evaluation.second_tier import Rule, held_out_rows
 from esrl_ray.replay.logged import logged_steps
 from esrl_ray.replay.steps import Steps
 from streaming.steplog import commit_history, list_workers, read_steps
@@ -43,6 +44,21 @@ class ReadLog:
     def num_sessions(self) -> int:
         """Sessions in it."""
         return len(set(self.steps.sessions.tolist()))
+
+    def of_users(self, config: Config, *, held_out: bool) -> ReadLog:
+        """The log of the users whom the deployment leaves out of learning, or of all others.
+
+        Raises:
+            LogError: there is nobody among them.
+        """
+        aside = held_out_rows(self.table, rule=Rule(held_out_share=config.policy.held_out_share))
+        table = self.table.filter(pa.array(aside if held_out else ~aside))
+        if not len(table):
+            share, who = config.policy.held_out_share, "held out" if held_out else "left to learn from"
+            raise LogError(
+                f"of {len(self.table)} steps none is of a user {who} (policy.held_out_share {share:g})", self.where, "change the share"
+            )
+        return ReadLog(logged_steps(table, config, self.where), table, self.where, self.lineage)
 
 
 def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:

@@ -54,6 +54,9 @@ def train_offline(config: Config, asked: Offline, *, stop_on_signals: Callable[[
     seed = config.learner.seed if asked.seed is None else asked.seed
     log = read_log(asked.log, config, as_of)
     click.echo(f"log             {log.where}")
+    if config.policy.held_out_share:
+        whole, log = len(log.steps), log.of_users(config, held_out=False)
+        click.echo(f"held out        {whole - len(log.steps):,} steps, for `esrl evaluate`")
     click.echo(f"steps           {len(log.steps):,} in {log.num_sessions:,} sessions, {len(log.steps.samplable()):,} to learn from")
     started = time.monotonic()
     learn = _with_rllib if asked.method in ENHANCEDRL else _with_method

@@ -54,7 +54,7 @@ def train(
     Offline, with --log PATH: train one method on a step log (a run's folder, or its log/<digest>) or on Parquet, and save a policy in
     OUT/policy. EnhancedRL and its variants learn through RLlib, on learner.num_learners learners, with checkpoints: after a kill the same
     command with --resume goes on to the same result. Without --steps there are replay.samples_per_insert x steps / learner.batch_size of
-    them.
+    them. Users whom policy.held_out_share leaves out are not learnt from: `esrl evaluate` judges by them.
 
     \b
     Parquet needs these columns; P = pairs of the step, lists flattened pair by pair:

@@ -248,6 +248,25 @@ def test_the_command_prints_estimates_of_a_parquet_log_as_json(setting: Config, 
     assert report["mtf_gauc"]["user"][0]["gauc"] is not None
 
 
+def test_the_command_judges_by_held_out_users_and_warns_where_there_are_none(setting: Config, tmp_path: Path) -> None:
+    log, policy, yaml = tmp_path / "steps.parquet", tmp_path / "policy", tmp_path / "two.yaml"
+    pq.write_table(table_of(log_of(setting, REWARDS, LEAVES, sessions=1500, seed=3, spread=0.5)), log)
+    vector(setting, ALWAYS_B).save(policy)
+    yaml.write_text(json.dumps(setting.model_dump(include={"spec", "serve", "reward", "exploration"}, mode="json")))
+    rest = ["--log", str(log), "--policy", str(policy), "--config", str(yaml), "--updates", "0", "--label", "click>0.5", "--json"]
+    sessions, warnings = [], []
+    for more in ([], ["--set", "policy.held_out_share=0.5"], ["--set", "policy.held_out_share=0.5", "--all-users"]):
+        result = CliRunner().invoke(evaluate, [*rest, *more])
+        assert result.exit_code == 0, (result.output, result.exception)
+        report = json.loads(result.stdout)
+        sessions.append(report["policy"]["support"]["sessions"])
+        warnings.append(report["warning"])
+    assert 600 < sessions[1] < 900 and sessions[0] == sessions[2] >= 1495
+    assert warnings[1] is None and "policy.held_out_share" in warnings[0] and warnings[0] == warnings[2]
+    told = CliRunner().invoke(evaluate, rest[:-1])
+    assert "WARNING: judged by all users of the log" in told.output
+
+
 def test_the_command_reads_a_runs_folder_and_names_a_missing_column(setting: Config, tmp_path: Path) -> None:
     rows, policy, yaml = (
         table_of(log_of(setting, REWARDS, LEAVES, sessions=1500, seed=3, spread=0.5)),

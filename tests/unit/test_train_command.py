@@ -62,6 +62,20 @@ def test_parquet_and_step_log_give_the_same_steps_as_the_simulator(config: Confi
         read_log(str(root), config, ["ingest-7=1"])
 
 
+def test_held_out_users_are_left_out_and_the_others_stay_whole(config: Config, table: pa.Table, parquet: Path, tmp_path: Path) -> None:
+    some = config.model_copy(update={"policy": config.policy.model_copy(update={"held_out_share": 0.5})})
+    log = read_log(str(parquet), some)
+    ours, theirs = log.of_users(some, held_out=False).table, log.of_users(some, held_out=True).table
+    users = [set(part["user_id"].to_pylist()) for part in (ours, theirs)]
+    assert len(ours) + len(theirs) == len(table) and not users[0] & users[1]
+    assert set(theirs["arm"].to_pylist()) == {"explore"}, "what exploits has no noise, and tells the gate nothing"
+    told = run("--log", parquet, "--method", "static", "--out", tmp_path / "out", "--set", "policy.held_out_share=0.5")
+    assert told.exit_code == 0 and f"held out        {len(theirs):,} steps" in told.output
+    nobody = config.model_copy(update={"policy": config.policy.model_copy(update={"held_out_share": 1e-9})})
+    with pytest.raises(LogError, match="none is of a user held out"):
+        log.of_users(nobody, held_out=True)
+
+
 def test_parquet_in_another_order_or_with_later_revisions_gives_the_same_steps(config: Config, table: pa.Table, tmp_path: Path) -> None:
     known = read_log(_written(tmp_path / "a.parquet", table), config).steps
     shuffled = table.take(pa.array(np.random.default_rng(0).permutation(len(table))))
