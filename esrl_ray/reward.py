@@ -99,7 +99,12 @@ class RewardConfig(Section):
     @property
     def digest(self) -> str:
         """Version of the reward: first 16 hex digits of the sha256 of `canonical`."""
-        return hashlib.sha256(self.canonical.encode()).hexdigest()[:16]
+        return digest_of(self.canonical)
+
+
+def digest_of(canonical: str) -> str:
+    """Digest of a stored `RewardConfig.canonical`."""
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def rewards_of(behaviours: Floats, config: RewardConfig) -> Floats:

@@ -30,6 +30,7 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     joiners: dict[int, bytes]  # partition -> SessionJoiner.snapshot()
     committed_ms: int
     topic_ids: dict[str, str] = {}  # topic -> Kafka's id of it
+    reward: str = ""  # `RewardConfig.canonical` that the rewards in the table were made by
 
 
 def open_store(root: str) -> tuple[fs.FileSystem, str]:

@@ -14,8 +14,12 @@ no dictionaries are written: with Delta's defaults the 120th commit takes nearly
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +29,18 @@ import numpy as np
 import pyarrow as pa
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction
 from pyarrow import dataset, fs
 
 from esrl_ray.errors import Fenced, LogError
+from esrl_ray.reward import digest_of
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Bools
 from streaming.statefiles import StateFiles, WorkerState, open_store
 from streaming.steptable import check_widths, merge_steps, rows_to_table, step_schema
 
 __all__ = [
+    "NEWEST",
     "CommitInfo",
     "StepLog",
     "WorkerState",
@@ -53,6 +60,7 @@ CHECKPOINT_EVERY = 100
 FILES_AT_ONCE = 16  # of `read_newest`: a file is one commit, some tens to thousands of rows
 NEWEST = 20  # entries of the table's history that a restart looks at
 INCARNATION, COMMITTED_MS, COMMIT, POSITIONS = "esrl.incarnation", "esrl.committed_ms", "esrl.commit", "esrl.positions"
+REWARD = "esrl.reward"
 _STOP_ONE = "another worker of this name is running: stop one"
 _TABLE_PROPERTIES = {"delta.dataSkippingNumIndexedCols": "1"}
 _FILE_PROPERTIES = WriterProperties(
@@ -70,6 +78,7 @@ class CommitInfo:
     committed_ms: int
     incarnation: str
     positions: dict[str, int]  # "topic/partition" -> next offset
+    reward: str | None = None  # digest of the reward section that the table's rewards were made by, as of this commit
 
 
 class StepLog:
@@ -93,8 +102,16 @@ class StepLog:
             if not DeltaTable.is_deltatable(self._where):
                 DeltaTable.create(self._where, schema=step_schema(), mode="ignore", configuration=_TABLE_PROPERTIES)
             self._table = DeltaTable(self._where)
+            self._alive = _sign_of_life(self._where)
         except (DeltaError, OSError) as error:
             raise LogError(f"cannot open the step log: {error}", self._where) from error
+        if self._alive is not None:
+            weakref.finalize(self, os.close, self._alive)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Folder of all workers' tables, and this one's name."""
+        return self._where.rpartition("/")[0], self._worker
 
     @property
     def incarnation(self) -> str:
@@ -146,23 +163,50 @@ class StepLog:
         """
         n = state.commit
         check_widths(table, self._spec)
-        self._table.update_incremental()
-        if (last := self.committed) != n - 1:
-            raise Fenced(f"commit {n} of {self._worker} follows commit {last}", self._where, _STOP_ONE)
-        self._states.write(state, self._incarnation)
         rows = table.set_column(0, "commit", pa.array(np.full(len(table), n, np.int64)))
-        properties = CommitProperties(app_transactions=[Transaction(self._worker, n)], custom_metadata=self._metadata(state))
-        try:
+        with self._transaction(state) as properties:
             write_deltalake(self._table, rows, mode="append", commit_properties=properties, writer_properties=_FILE_PROPERTIES)
-        except (DeltaError, OSError) as error:
-            if not self._happened(n, error):
-                raise
         try:
             self._states.sweep(n)
             if n % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1:
                 self._table.create_checkpoint()
         except (DeltaError, OSError) as error:  # the commit stands, and the next one tidies up
             _logger.warning("step log not tidied commit=%d reason=%s", n, error)
+
+    def rewrite(self, state: WorkerState, write_files: Callable[[], list[AddAction]]) -> None:
+        """Put new files in the place of all rows, as one commit of its own: readers see all of it or nothing.
+
+        Rows keep the numbers of the commits that made them; this one has none. Whoever goes on with the old ones is fenced by its number.
+
+        Args:
+            state: As for `commit`.
+            write_files: Writes the files, in order of commits; called once nobody else owns the table.
+
+        Raises:
+            LogError: a worker of this log is running, which is known on a local disk only.
+            Fenced: another incarnation has committed to this table.
+        """
+        if self._alive is not None:
+            try:
+                fcntl.flock(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LogError(f"worker {self._worker} is running", self._where, "stop `esrl ingest` first") from error
+        with self._transaction(state) as properties:
+            self._table.create_write_transaction(write_files(), "overwrite", step_schema(), [], commit_properties=properties)
+
+    @contextmanager
+    def _transaction(self, state: WorkerState) -> Iterator[CommitProperties]:
+        """State n, then whatever commits n with these properties."""
+        n = state.commit
+        self._table.update_incremental()
+        if (last := self.committed) != n - 1:
+            raise Fenced(f"commit {n} of {self._worker} follows commit {last}", self._where, _STOP_ONE)
+        self._states.write(state, self._incarnation)
+        try:
+            yield CommitProperties(app_transactions=[Transaction(self._worker, n)], custom_metadata=self._metadata(state))
+        except (DeltaError, OSError) as error:
+            if not self._happened(n, error):
+                raise
 
     def compact(self) -> int:
         """Merge small files into large ones, between two commits of this owner; the number of files that are left.
@@ -184,11 +228,30 @@ class StepLog:
 
     def _metadata(self, state: WorkerState) -> dict[str, str]:
         positions = msgspec.json.encode(state.positions).decode()
-        return {INCARNATION: self._incarnation, COMMIT: str(state.commit), COMMITTED_MS: str(state.committed_ms), POSITIONS: positions}
+        reward = {REWARD: digest_of(state.reward)} if state.reward else {}
+        commit = {COMMIT: str(state.commit), COMMITTED_MS: str(state.committed_ms)}
+        return {INCARNATION: self._incarnation, **commit, POSITIONS: positions, **reward}
 
 
 def _table_place(root: str | Path, worker: str) -> str:
     return f"{str(root).rstrip('/')}/{worker}"
+
+
+def _sign_of_life(where: str) -> int | None:
+    """A lock that every owner of a table shares as long as it lives, and that `rewrite` wants alone; None on an object store.
+
+    Raises:
+        LogError: the table is being rewritten.
+    """
+    if "://" in where:
+        return None
+    file = os.open(Path(where, "_alive"), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise LogError("the rewards in this step log are being recomputed", where, "start again when that is done") from error
+    return file
 
 
 def _committed(table: DeltaTable, worker: str) -> int:
@@ -319,11 +382,11 @@ def read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Boo
     return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
 
 
-def commit_history(root: str | Path, worker: str) -> list[CommitInfo]:
-    """Commits of one worker, oldest first, as far as the table's own history goes back."""
+def commit_history(root: str | Path, worker: str, newest: int | None = None) -> list[CommitInfo]:
+    """Commits of one worker, oldest first, as far as the table's own history goes back, or its newest entries."""
     infos = []
-    for n, info in sorted(_made(DeltaTable(_table_place(root, worker))).items()):
+    for n, info in sorted(_made(DeltaTable(_table_place(root, worker)), newest).items()):
         rows = int(info.get("operationMetrics", {}).get("num_added_rows", 0))
         positions = msgspec.json.decode(str(info[POSITIONS]), type=dict[str, int]) if POSITIONS in info else {}
-        infos.append(CommitInfo(worker, n, rows, int(info[COMMITTED_MS]), str(info[INCARNATION]), positions))
+        infos.append(CommitInfo(worker, n, rows, int(info[COMMITTED_MS]), str(info[INCARNATION]), positions, info.get(REWARD)))
     return infos

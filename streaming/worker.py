@@ -21,9 +21,11 @@ import pyarrow as pa
 
 from esrl_ray.config import Config
 from esrl_ray.errors import StreamError, WireError
+from esrl_ray.reward import digest_of
 from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
 from streaming.protocols import Log, Publish, RecordSource, RefusedRecords
+from streaming.recompute import other_rewards
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
 from streaming.sessions import SessionJoiner
 from streaming.source import Record, place_of
@@ -60,7 +62,7 @@ class IngestWorker:
 
     Raises:
         StreamError: the log belongs to other partitions.
-        LogError: the stored state is damaged.
+        LogError: the stored state is damaged, or another reward made the rewards in the log.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class IngestWorker:
                 "ingest.num_workers, kafka.num_partitions",
                 "keep both as they were, or start with a new run.dir",
             )
+        if state is not None and state.reward and state.reward != config.reward.canonical:
+            raise other_rewards(digest_of(state.reward), config.reward, worker)
         self._commit = -1 if state is None else state.commit
         self._committed_ms = 0 if state is None else state.committed_ms
         self._topic_ids = {} if state is None else state.topic_ids
@@ -318,6 +322,7 @@ class IngestWorker:
             joiners={p: joiner.snapshot() for p, joiner in self._joiners.items()},
             committed_ms=start_ms,
             topic_ids=self._topic_ids,
+            reward=self._config.reward.canonical,
         )
         self._log.commit(state, table)
         self._commit, self._last_ledger, self._committed_ms = n, ledger, self._clock_ms()

@@ -17,29 +17,46 @@ from esrl_ray.cli.parts import Part, log_root, worker_names
 from esrl_ray.config import Config
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
+from esrl_ray.reward import RewardConfig
+from streaming.recompute import check_rewards
 from streaming.steplog import read_commits, read_newest
 
 
-def _commits_after(root: str, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
+def _commits_after(root: str, reward: RewardConfig, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
+    check_rewards(root, reward)
     return read_commits(root, worker, after=after)
 
 
 def replay_shards(config: Config) -> list[ActorHandle]:
-    """The detached replay shards, made by whoever comes first; shard i is fed by the workers j with j % num_shards == i."""
-    root, count = str(log_root(config)), config.replay.num_shards
-    return [
-        actors.spawn(
+    """The detached replay shards, made by whoever comes first; shard i is fed by the workers j with j % num_shards == i.
+
+    A shard that was made for another reward is ended, and one that refills from the log comes in its place.
+
+    Raises:
+        LogError: the rewards in the log are of another reward.
+    """
+    check_rewards(log_root(config), config.reward)
+    return [_shard(config, i) for i in range(config.replay.num_shards)]
+
+
+def _shard(config: Config, i: int) -> ActorHandle:
+    def spawn() -> ActorHandle:
+        return actors.spawn(
             f"replay-{i}",
             ReplayShard,
             config,
             config.learner.seed + i,
-            functools.partial(_commits_after, root),
+            functools.partial(_commits_after, str(log_root(config)), config.reward),
             clock_ms,
-            worker_names(config)[i::count],
+            worker_names(config)[i :: config.replay.num_shards],
             detached=True,
         )
-        for i in range(count)
-    ]
+
+    shard = spawn()
+    if actors.insist(shard.reward_digest.remote) != config.reward.digest:
+        actors.end({f"replay-{i}": shard})
+        shard = spawn()
+    return shard
 
 
 class LearnerPart(Part):

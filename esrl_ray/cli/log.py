@@ -1,8 +1,9 @@
-"""`esrl log`: what the step log holds, commit by commit."""
+"""`esrl log`: what the step log holds, commit by commit, and its rewards anew."""
 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -13,16 +14,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
-from streaming.steplog import commit_history, list_workers, read_commits, read_steps
+from streaming.recompute import recompute_rewards
+from streaming.steplog import StepLog, commit_history, list_workers, read_commits, read_steps
 
 COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version", "event_time_ms", "ended", "next_id")
 
 
 @click.group("log")
 def log_group() -> None:
-    """Look at the step log."""
+    """Look at the step log, apply another reward to it."""
 
 
 @log_group.command("show")
@@ -56,6 +59,27 @@ def show(
         console.print(_counts(steps), highlight=False)
     else:
         console.print(_commits(root, workers, limit))
+
+
+@log_group.command("recompute-rewards")
+@click.option("--config", "path", default="configs/online.yaml", show_default=True, help="YAML of the deployment, with the new reward.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. run.dir=runs/other.")
+def recompute(path: str, overrides: tuple[str, ...]) -> None:
+    """Apply the configured reward to all steps of the log, while `esrl ingest` and `esrl train` are stopped.
+
+    What users did stays in the log: each worker's table is rewritten from that, in one commit. After a crash run it again. The workers and
+    replay shards that start then have the new rewards; a learner's checkpoint of the old ones is refused and says what to do.
+    """
+    config = load_config(path, overrides, environment=os.environ)
+    root = log_root(config)
+    if not (workers := list_workers(root)):
+        raise ConfigError("there is no step log of this configuration's spec", root, "name the run's folder with --set run.dir=...")
+    for worker in workers:
+        done = recompute_rewards(StepLog(root, worker, uuid.uuid4().hex, config.spec.build()), config.reward, committed_ms=clock_ms())
+        what = (
+            f"commit {done[1]}, reward {done[0] or 'unknown'} -> {config.reward.digest}" if done else f"has reward {config.reward.digest}"
+        )
+        click.echo(f"{worker}: {what}")
 
 
 def log_root(config: Config) -> str:
@@ -98,12 +122,15 @@ def _commits(root: str, workers: list[str], limit: int) -> Table:
     for name in ("worker", "commit", "committed (UTC)"):
         table.add_column(name, no_wrap=True)
     table.add_column("rows", justify="right")
+    table.add_column("reward", no_wrap=True)
     table.add_column("incarnation", overflow="fold")
     table.add_column("next offsets, of the newest commits", overflow="fold")
     for worker in workers:
         for info in commit_history(root, worker)[-limit:]:
             offsets = "-" if info.positions is None else _offsets(info.positions)
-            table.add_row(worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.incarnation, offsets)
+            table.add_row(
+                worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.reward or "-", info.incarnation, offsets
+            )
     return table
 
 

@@ -17,6 +17,7 @@ from esrl_ray.errors import InputDataError, LogError, SpecMismatch
 from esrl_ray.evaluation.second_tier import Rule, held_out_rows
 from esrl_ray.replay.logged import logged_steps
 from esrl_ray.replay.steps import Steps
+from streaming.recompute import check_rewards
 from streaming.steplog import commit_history, list_workers, read_steps
 from streaming.steptable import merge_steps, step_schema
 
@@ -70,7 +71,7 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
         as_of: `N` or `worker=N` as in `esrl log show`; without it everything that is committed now.
 
     Raises:
-        LogError: nothing there that is a log, or a log without steps.
+        LogError: nothing there that is a log, a log without steps, or one of another reward.
         SpecMismatch: a step log of another spec.
         InputDataError: columns that do not fit the deployment.
         ConfigError: `as_of` is malformed or names an unknown worker.
@@ -82,6 +83,7 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
         return _in_order(_read_parquet(path), config, path, str(found.resolve()), {})
     root = _root(path, config.spec.build().digest)
     workers = list_workers(root)
+    check_rewards(root, config.reward)
     lineage = parse_as_of(tuple(as_of), workers) if as_of else _last_commits(root, workers)
     table = read_steps(root, as_of=lineage)
     if not len(table):

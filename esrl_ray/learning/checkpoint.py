@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 
+from esrl_ray.config import Config
 from esrl_ray.errors import LoopError
 from esrl_ray.learning.algorithm import EnhancedRL
 
@@ -27,6 +28,7 @@ class Progress(msgspec.Struct):
     """What the training loop remembers beside the learner's state."""
 
     spec_digest: str
+    reward_digest: str
     fitted: bool = False  # the first normaliser is set
     round: int = 0
     anchor_version: int = 0
@@ -54,12 +56,13 @@ def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> 
     return final
 
 
-def restore_checkpoint(algorithm: EnhancedRL, folder: Path, spec_digest: str) -> Progress | None:
+def restore_checkpoint(algorithm: EnhancedRL, folder: Path, config: Config) -> Progress | None:
     """Restore the newest whole checkpoint; None when there is none.
 
     Raises:
-        LoopError: there are checkpoints, but of another spec, or none can be read.
+        LoopError: there are checkpoints, but of another spec or reward, or none can be read.
     """
+    spec_digest, reward_digest = config.spec.build().digest, config.reward.digest
     numbers = _numbers(folder)
     for number in reversed(numbers):
         path = folder / f"{number:08d}"
@@ -68,6 +71,12 @@ def restore_checkpoint(algorithm: EnhancedRL, folder: Path, spec_digest: str) ->
             if progress.spec_digest != spec_digest:
                 raise LoopError(
                     f"a checkpoint is for spec {progress.spec_digest}, this deployment's is {spec_digest}", str(path), "use another run.dir"
+                )
+            if progress.reward_digest != reward_digest:
+                raise LoopError(
+                    f"a checkpoint has learnt the reward {progress.reward_digest}, this deployment's is {reward_digest}",
+                    str(path),
+                    "move the folder away to learn anew from the log's rewards; the current policy serves meanwhile",
                 )
             algorithm.restore_from_path(str(path))
         except LoopError:

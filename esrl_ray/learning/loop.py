@@ -84,7 +84,7 @@ class TrainingLoop:
         self._store, self._shards = store, Shards(shards)
         self._checkpoints, self._clock_ms = checkpoint_dir, clock_ms
         self._config_digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
-        self._progress = Progress(self._spec.digest)
+        self._progress = Progress(self._spec.digest, config.reward.digest)
         self._results: dict[str, float] = {}
         self._gradient_steps = self._published_steps = 0
         self._first: tuple[int, int] | None = None  # (clock, gradient steps) of the first call in this process
@@ -148,8 +148,8 @@ class TrainingLoop:
 
     def _resume(self, algorithm: EnhancedRL, stop: threading.Event) -> None:
         """Newest checkpoint, then whatever the store knows better."""
-        restored = restore_checkpoint(algorithm, self._checkpoints, self._spec.digest)
-        self._progress = restored or Progress(self._spec.digest)
+        restored = restore_checkpoint(algorithm, self._checkpoints, self._config)
+        self._progress = restored or Progress(self._spec.digest, self._config.reward.digest)
         self._gradient_steps = self._published_steps = algorithm.published()[2]
         self._first, self._lineage = None, algorithm.lineage
         self._learner_pids = algorithm.each_learner(lambda _: os.getpid())

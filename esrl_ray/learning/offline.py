@@ -114,7 +114,7 @@ class OfflineTraining:
         if (anchor := self._anchor(deployment)) is not None:
             algorithm.set_anchor(anchor)
             algorithm.start_from_anchor()
-        restore_checkpoint(algorithm, self._checkpoints, deployment.spec.build().digest)
+        restore_checkpoint(algorithm, self._checkpoints, deployment)
         self.learner_pids = algorithm.each_learner(lambda _: os.getpid())
         return algorithm
 
@@ -128,7 +128,7 @@ class OfflineTraining:
 
     def _learn(self, algorithm: EnhancedRL, stop: threading.Event) -> OfflineResult:
         deployment: Config = algorithm.config.deployment
-        learner, digest = deployment.learner, deployment.spec.build().digest
+        learner, digests = deployment.learner, (deployment.spec.build().digest, deployment.reward.digest)
         target = math.ceil(self._wanted / learner.updates_per_call) * learner.updates_per_call
         first = done = algorithm.published()[2]
         begun = said = saved = self._clock_ms()
@@ -144,10 +144,10 @@ class OfflineTraining:
                 self._say(progress_line(numbers, target, per_s=1e3 * (done - first) / max(1, now - begun)))
                 said = now
             if now - saved >= 1e3 * learner.checkpoint_interval_s:
-                save_checkpoint(algorithm, self._checkpoints, Progress(digest, fitted=True, learnt_ms=now))
+                save_checkpoint(algorithm, self._checkpoints, Progress(*digests, fitted=True, learnt_ms=now))
                 saved, self._rebuilds = now, 0
         if done > first:
-            save_checkpoint(algorithm, self._checkpoints, Progress(digest, fitted=True, learnt_ms=self._clock_ms()))
+            save_checkpoint(algorithm, self._checkpoints, Progress(*digests, fitted=True, learnt_ms=self._clock_ms()))
         result.gradient_steps = done
         if done >= target:
             result.policy = self._policy(algorithm)

@@ -38,7 +38,7 @@ class ReplayShard:
 
     def __init__(self, config: Config, seed: int, read_log: ReadLog, clock_ms: Callable[[], int], workers: Sequence[str] = ()) -> None:
         self._buffer = ReplayBuffer(config, seed=seed, read_log=read_log)
-        self._clock_ms = clock_ms
+        self._clock_ms, self._reward = clock_ms, config.reward.digest
         self._committed_ms: dict[tuple[str, int], int] = {}
         self._workers = list(workers)
         self._began_ms = clock_ms()
@@ -86,6 +86,10 @@ class ReplayShard:
         """Go on with totals that the training loop kept; returns what they are now."""
         self._buffer.restore_limiter(totals)
         return self._buffer.limiter_state()
+
+    def reward_digest(self) -> str:
+        """Of the reward section that it was made with."""
+        return self._reward
 
     def stats(self) -> dict[str, Any]:
         """Lineage, sizes, counts, the limiter's totals, and when this shard began."""

@@ -107,7 +107,7 @@ def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(tmp_path: Path)
     try:
         call(algorithm, config, 0)
         before = parameters(algorithm)[0]
-        path = save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest, fitted=True, round=3))
+        path = save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest, config.reward.digest, fitted=True, round=3))
         call(algorithm, config, 1)
         went_on = parameters(algorithm)[0]
         for text in ("hush-hush-kafka", "hush-hush-token"):
@@ -116,7 +116,7 @@ def test_a_restored_algorithm_goes_on_as_if_nothing_had_happened(tmp_path: Path)
         algorithm.stop()
     other = EnhancedRL.of(deployment(0, "learner.seed=9"))
     try:
-        progress = restore_checkpoint(other, tmp_path, config.spec.build().digest)
+        progress = restore_checkpoint(other, tmp_path, config)
         assert progress is not None and progress.round == 3 and progress.fitted
         assert other.lineage == {"ingest-0": 0}
         assert other.published()[2] == 8
@@ -154,7 +154,7 @@ def test_the_module_of_a_checkpoint_decides_with_the_actor_alone(tmp_path: Path)
     config = deployment()
     algorithm = EnhancedRL.of(config)
     call(algorithm, config, 0)
-    folder = module_folder(save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest)))
+    folder = module_folder(save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest, config.reward.digest)))
     whole = RLModule.from_checkpoint(str(folder))
     module = RLModule.from_checkpoint(str(folder), inference_only=True)
     assert isinstance(module, EnhancedRLModule) and isinstance(whole, EnhancedRLModule)
@@ -233,27 +233,28 @@ def test_an_older_state_can_be_set_in_memory() -> None:
 
 def test_the_newest_whole_checkpoint_is_used_and_two_are_kept(tmp_path: Path) -> None:
     config = deployment()
-    digest = config.spec.build().digest
     algorithm = EnhancedRL.of(config)
-    assert restore_checkpoint(algorithm, tmp_path, digest) is None
+    assert restore_checkpoint(algorithm, tmp_path, config) is None
     for number in range(3):
         call(algorithm, config, number)
-        save_checkpoint(algorithm, tmp_path, Progress(digest, round=number))
+        save_checkpoint(algorithm, tmp_path, Progress(config.spec.build().digest, config.reward.digest, round=number))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003"]
     (tmp_path / ".00000004.1").mkdir()  # a crash while the next one was being written
-    restored = restore_checkpoint(algorithm, tmp_path, digest)
+    restored = restore_checkpoint(algorithm, tmp_path, config)
     assert restored is not None and restored.round == 2
     for file in (tmp_path / "00000003").rglob("*.pkl"):
         file.write_bytes(b"damaged")
-    restored = restore_checkpoint(algorithm, tmp_path, digest)
+    restored = restore_checkpoint(algorithm, tmp_path, config)
     assert restored is not None and restored.round == 1
     assert algorithm.published()[2] == 16
     with pytest.raises(LoopError, match="is for spec"):
-        restore_checkpoint(algorithm, tmp_path, "0" * 16)
+        restore_checkpoint(algorithm, tmp_path, deployment(0, "spec.bias_span=0.4"))
+    with pytest.raises(LoopError, match="has learnt the reward"):
+        restore_checkpoint(algorithm, tmp_path, deployment(0, "reward.scale=5.0"))
     for file in tmp_path.rglob("*.pkl"):
         file.write_bytes(b"damaged")
     with pytest.raises(LoopError, match="none of 2 checkpoints"):
-        restore_checkpoint(algorithm, tmp_path, digest)
+        restore_checkpoint(algorithm, tmp_path, config)
     algorithm.stop()
 
 

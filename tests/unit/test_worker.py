@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from esrl_ray.config import Config, IngestConfig, JoinConfig, KafkaConfig, SpecConfig
-from esrl_ray.errors import Fenced, StreamError, WireError
+from esrl_ray.errors import Fenced, LogError, StreamError, WireError
 from streaming.source import Record, partition_of
 from streaming.steplog import WorkerState, step_schema
 from streaming.steptable import merge_steps
@@ -340,6 +340,18 @@ def test_a_log_of_other_partitions_is_refused() -> None:
     world.worker(partitions=[0]).drain(world.ends, 60.0)
     with pytest.raises(StreamError, match=r"holds partitions \[0\], this worker is given \[0, 1\]"):
         world.worker()
+
+
+def test_a_log_of_another_reward_is_refused() -> None:
+    world = World()
+    visits(world, sessions=1)
+    worker = world.worker()
+    worker.drain(world.ends, 60)
+    assert world.state is not None and world.state.reward == REWARD.canonical
+    other = CONFIG.model_copy(update={"reward": REWARD.model_copy(update={"scale": 3.0})})
+    with pytest.raises(LogError, match=f"of reward {REWARD.digest}.*{other.reward.digest}.*recompute-rewards"):
+        world.worker(config=other)
+    world.worker()
 
 
 def test_a_subscriber_that_fails_does_not_stop_the_log(caplog: pytest.LogCaptureFixture) -> None:
