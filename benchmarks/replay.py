@@ -95,7 +95,7 @@ def main() -> None:
 
     def commit_all(log: StepLog, first: int, until: int) -> None:
         for n in range(first, until):
-            log.commit(WorkerState(commit=n, incarnation="one", positions={}, joiners={0: b"x" * 100_000}, committed_ms=n), tables[n])
+            log.commit(WorkerState(commit=n, incarnation="one", positions={}, joiners={0: [b"x" * 100_000]}, committed_ms=n), tables[n])
 
     with tempfile.TemporaryDirectory() as root:
         log, count = StepLog(root, "w", "one", config.spec.build()), len(tables)

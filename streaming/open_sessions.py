@@ -10,11 +10,12 @@ import heapq
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from operator import or_
 
 from esrl_ray.config import Config
 from esrl_ray.vocabulary import Bucket, Ended
-from streaming.session_state import DECISIONS, FEEDBACK, Bulk, JoinState, OpenStep, Session
+from streaming.session_state import DECISIONS, FEEDBACK, Bulk, Changes, JoinState, OpenStep, Session, SessionKey, drop_forgotten
 from streaming.wire import SHOWN, Feedback
 
 _CLOSE, _GAP, _PATIENCE = range(3)  # timers, in this order at the same time
@@ -40,7 +41,7 @@ class OpenSessions:
         join = config.join
         self.now_ms = 0  # event time
         self.timers: list[tuple[int, int, str, int, OpenStep | Session | Feedback]] = []  # due, kind, id, number
-        self.open: dict[tuple[str, int], Session] = {}  # least recently active first
+        self.open: dict[SessionKey, Session] = {}  # least recently active first
         self.changed: dict[str, OpenStep] = {}  # closed steps that need a row
         self.num_closed = 0
         self._settled, self._bulks, self._note_late = settled, bulks, note_late
@@ -54,6 +55,7 @@ class OpenSessions:
         self._waiting: dict[str, dict[str, Feedback]] = {}  # decision id -> event id -> feedback
         self._gone: dict[str, tuple[int, Bucket]] = {}
         self._numbers: dict[str, tuple[int, int]] = {}
+        self._new = Changes()
 
     def knows(self, decision_id: str) -> bool:
         """The decision is in the state or was there a while ago."""
@@ -94,24 +96,26 @@ class OpenSessions:
 
     def forget(self) -> None:
         """Drop memories of retired steps and sessions that are too old."""
-        while self._gone and self._gone[first := next(iter(self._gone))][0] < self.now_ms:
-            del self._gone[first]
-        while self._numbers and self._numbers[first := next(iter(self._numbers))][0] < self.now_ms:
-            del self._numbers[first]
+        drop_forgotten(self._gone, self.now_ms)
+        drop_forgotten(self._numbers, self.now_ms)
 
-    def store(self, state: JoinState) -> None:
-        """Write all of this into a state; it shares the objects, so encode it at once."""
-        state.num_closed, state.gone, state.numbers = self.num_closed, self._gone, self._numbers
-        state.waiting = [event for events in self._waiting.values() for event in events.values()]
-        state.open_sessions = list(self.open.values())
-        state.ended_sessions = [s for sessions in self._sessions.values() for s in sessions if s.ended is not None]
+    def store(self, state: JoinState, *, whole: bool) -> None:
+        """Write all of this into a state, or what is new since the last time; it shares the objects, so encode it at once."""
+        state.num_closed = self.num_closed
+        if whole:
+            state.gone, state.numbers, state.active = self._gone, self._numbers, list(self.open.values())
+            state.waiting = {decision_id: list(events.values()) for decision_id, events in self._waiting.items()}
+            state.sessions = [s for sessions in self._sessions.values() for s in sessions if s.ended is not None]
+        else:
+            self._new.put_into(state, self._steps, self._waiting)
+        self._new = Changes()
 
     def restore(self, state: JoinState) -> None:
         """Go on from a state; this takes its objects over."""
         self.now_ms, self.num_closed, self._gone, self._numbers = state.watermark_ms, state.num_closed, state.gone, state.numbers
-        for event in state.waiting:
+        for event in chain.from_iterable(state.waiting.values()):
             self._wait(event)
-        for session in [*state.open_sessions, *state.ended_sessions]:
+        for session in [*state.active, *state.sessions]:
             insort(self._sessions.setdefault(session.session_id, []), session, key=lambda s: s.number)
             if session.ended is None:
                 self.open[session.session_id, session.number] = session
@@ -120,6 +124,7 @@ class OpenSessions:
                 self._steps[step.step_id] = step, session
                 if not step.closed:
                     self._set_label_timer(step)
+        self._new = Changes()
 
     def _set_label_timer(self, step: OpenStep) -> None:
         heapq.heappush(self.timers, (step.event_time_ms + self._label_age, _CLOSE, step.step_id, 0, step))
@@ -145,12 +150,15 @@ class OpenSessions:
             session.steps.append(step)
         session.num_unclosed += 1
         self._steps[step.step_id] = step, session
+        self._new.steps[step.step_id] = step
         self._set_label_timer(step)
         self._touch(session, step.event_time_ms)
         if step.kept:
             self._relink_around(step, session)
-        for event in sorted(self._waiting.pop(step.step_id, {}).values(), key=lambda e: (e.event_time_ms, e.event_id)):
-            self.apply_feedback(event)
+        if waiting := self._waiting.pop(step.step_id, None):
+            self._new.waiting.add(step.step_id)
+            for event in sorted(waiting.values(), key=lambda e: (e.event_time_ms, e.event_id)):
+                self.apply_feedback(event)
         self._retire_old_steps(session)
 
     def _session_of(self, step: OpenStep) -> Session:
@@ -174,13 +182,18 @@ class OpenSessions:
         elif time_ms < session.first_ms:
             session.first_ms = time_ms
         if session.ended is None:
-            key = session.session_id, session.number
+            key = session.key
             self.open[key] = self.open.pop(key)
+            self._new.active.pop(key, None)
+            self._new.active[key] = session
+        else:
+            self._new.sessions[session.key] = session
 
     def _close_step(self, step: OpenStep) -> None:
         session = self._steps[step.step_id][1]
         at = session.steps.index(step)
         session.num_unclosed -= 1
+        self._new.sessions[session.key] = session
         has_row = step.kept and step.step_id in self._bulks
         bucket = Bucket.JOINED if has_row else Bucket.SKIPPED if step.kept else Bucket.NEVER_SHOWN
         self._settled[DECISIONS][bucket] += 1
@@ -188,13 +201,14 @@ class OpenSessions:
         if has_row:
             step.closed, step.num_feedback, step.index = True, 0, session.num_retired + at
             self.num_closed += 1
-            self.changed[step.step_id] = step
+            self._needs_row(step)
             for later in session.steps[at + 1 :]:  # only when this decision was late
                 if later.closed:
                     later.index += 1
-                    self.changed[later.step_id] = later
+                    self._needs_row(later)
         else:
-            del session.steps[at], self._steps[step.step_id]
+            del session.steps[at]
+            self._forget_step(step)
             self._leave_behind(step, bucket)
             if at > 0:
                 self._relink(session, at - 1)
@@ -216,12 +230,17 @@ class OpenSessions:
             link = (session.ended or Ended.OPEN, None)
         if link[0] is not Ended.OPEN and link != (step.ended, step.next_id):
             step.ended, step.next_id = link
+            self._new.steps[step.step_id] = step
             if step.closed:
-                self.changed[step.step_id] = step
+                self._needs_row(step)
+
+    def _needs_row(self, step: OpenStep) -> None:
+        self.changed[step.step_id] = self._new.steps[step.step_id] = step
 
     def _end(self, session: Session, how: Ended, end_ms: int) -> None:
         session.ended, session.end_ms = how, end_ms
-        del self.open[session.session_id, session.number]
+        del self.open[session.key]
+        self._new.sessions[session.key] = session
         if session.steps:
             self._relink(session, len(session.steps) - 1)
         self._retire_if_done(session)
@@ -232,21 +251,37 @@ class OpenSessions:
         if session.ended is None or session.num_unclosed:
             return
         for step in session.steps:
-            del self._steps[step.step_id]
+            self._forget_step(step)
             self._leave_behind(step, Bucket.LATE)
+        self._new.sessions.pop(session.key, None)
+        self._new.active.pop(session.key, None)
+        self._new.left_sessions.append(session.key)
         sessions = self._sessions[session.session_id]
         sessions.remove(session)
         if not sessions:
             del self._sessions[session.session_id]
         _, number = self._numbers.pop(session.session_id, (0, -1))
-        self._numbers[session.session_id] = self.now_ms + self._dedup, max(number, session.number)
+        self._numbers[session.session_id] = remembered = self.now_ms + self._dedup, max(number, session.number)
+        self._new.numbers.pop(session.session_id, None)
+        self._new.numbers[session.session_id] = remembered
 
     def _retire_old_steps(self, session: Session) -> None:
-        """Bounds a session that never ends: its oldest steps go once they are closed, linked and too old for late feedback."""
-        while (first := session.steps[0]).closed and first.ended is Ended.HAS_NEXT and self._is_past_amending(first):
+        """Bounds a session that never ends: its oldest steps go once they are closed, linked and too old for late feedback.
+
+        Linked to their neighbour, that is: a list that came late between the two may have its link yet.
+        """
+        steps = session.steps
+        while len(steps) > 1 and steps[0].next_id == steps[1].step_id and self._is_past_amending(first := steps[0]):
             session.num_retired += 1
-            del session.steps[0], self._steps[first.step_id]
+            self._new.sessions[session.key] = session
+            del session.steps[0]
+            self._forget_step(first)
             self._leave_behind(first, Bucket.LATE)
+
+    def _forget_step(self, step: OpenStep) -> None:
+        del self._steps[step.step_id]
+        self._new.steps.pop(step.step_id, None)
+        self._new.left_steps.append(step.step_id)
 
     def _is_past_amending(self, step: OpenStep) -> bool:
         return step.closed and self.now_ms > step.event_time_ms + self._label_age + self._amend
@@ -255,7 +290,7 @@ class OpenSessions:
         """Remember for a while what becomes of feedback to a step that is no longer in the state."""
         if not step.closed:
             self._bulks.pop(step.step_id, None)
-        self._gone[step.step_id] = self.now_ms + self._dedup, bucket
+        self._gone[step.step_id] = self._new.gone[step.step_id] = self.now_ms + self._dedup, bucket
         self._settle_waiting(step.step_id, bucket)
 
     # -- feedback
@@ -301,8 +336,9 @@ class OpenSessions:
                 self._relink_around(step, session)
         else:
             return False
+        self._new.steps[step.step_id] = step
         if step.closed:
-            self.changed[step.step_id] = step
+            self._needs_row(step)
         return True
 
     def _combine(self, step: OpenStep, event: Feedback, cell: int, combine: str) -> None:
@@ -326,6 +362,7 @@ class OpenSessions:
 
     def _wait(self, event: Feedback) -> None:
         self._waiting.setdefault(event.decision_id, {})[event.event_id] = event
+        self._new.waiting.add(event.decision_id)
         heapq.heappush(self.timers, (event.event_time_ms + self._patience, _PATIENCE, event.event_id, 0, event))
 
     def _settle(self, event: Feedback, bucket: Bucket) -> None:
@@ -334,7 +371,10 @@ class OpenSessions:
             self._note_late(event)
 
     def _settle_waiting(self, decision_id: str, bucket: Bucket, event_id: str | None = None) -> None:
-        waiting = self._waiting.get(decision_id, {})
+        waiting = self._waiting.get(decision_id)
+        if waiting is None:
+            return
+        self._new.waiting.add(decision_id)
         for waited in [event_id] if event_id is not None else list(waiting):
             self._settle(waiting.pop(waited), bucket)
         if not waiting:

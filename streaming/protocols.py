@@ -56,6 +56,10 @@ class Log(Protocol):
     def incarnation(self) -> str:
         """Unique for this process."""
 
+    @property
+    def base(self) -> int | None:
+        """Commit that the next state may build on; None: it must be whole."""
+
     def restore(self) -> WorkerState | None:
         """State of the last commit."""
 

@@ -19,7 +19,7 @@ from deltalake.transaction import AddAction
 from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.reward import RewardConfig, digest_of, rewards_of
 from esrl_ray.vocabulary import Floats
-from streaming.session_state import decode_state, encode_state
+from streaming.session_state import encode_state, read_chain
 from streaming.statefiles import open_store
 from streaming.steplog import NEWEST, StepLog, commit_history, list_workers, read_commits
 
@@ -49,7 +49,7 @@ def recompute_rewards(log: StepLog, reward: RewardConfig, *, committed_ms: int) 
     before = RewardConfig.model_validate_json(state.reward) if state.reward else reward
     _check_behaviours(before, reward)
     columns = [before.names.index(name) if name in before.names else -1 for name in reward.names]
-    joiners = state.joiners if before.names == reward.names else {p: _moved(s, p, columns) for p, s in state.joiners.items()}
+    joiners = state.joiners if before.names == reward.names else {p: [_moved(parts, p, columns)] for p, parts in state.joiners.items()}
     n, mine = state.commit + 1, log.incarnation
     changed = msgspec.structs.replace(
         state, commit=n, incarnation=mine, joiners=joiners, committed_ms=committed_ms, reward=reward.canonical
@@ -142,11 +142,11 @@ def _check_behaviours(before: RewardConfig, reward: RewardConfig) -> None:
             raise ConfigError(f"behaviour {b.name!r} was combined by {b.combine} in the step log, now {other}", "reward.behaviours", fix)
 
 
-def _moved(payload: bytes, partition: int, columns: list[int]) -> bytes:
+def _moved(chain: list[bytes], partition: int, columns: list[int]) -> bytes:
     """A join's state whose open steps have their behaviours where the new configuration looks for them."""
-    state, num_before = decode_state(payload, partition), sum(column >= 0 for column in columns)
+    state, num_before = read_chain(chain, partition), sum(column >= 0 for column in columns)
     to = {column: i for i, column in enumerate(columns) if column >= 0}
-    for step in (step for session in [*state.open_sessions, *state.ended_sessions] for step in session.steps):
+    for step in (step for session in [*state.active, *state.sessions] for step in session.steps):
         step.values, step.newest = _cells(step.values, num_before, to, len(columns)), _cells(step.newest, num_before, to, len(columns))
     return encode_state(state)
 

@@ -1,11 +1,16 @@
 """What the session join remembers between events, in the form in which it is stored: msgspec structs.
 
+It is stored as a chain: a whole state, then what changed since the one before. `read_chain` puts a chain together again.
+
 The wide part of a decision (`Bulk`) is not in it: a step keeps its offset, and after a restart its bulk is read from the topic again.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal, TypedDict
 
 import msgspec
 import numpy as np
@@ -14,9 +19,11 @@ from esrl_ray.errors import LogError
 from esrl_ray.vocabulary import Bools, Bucket, Ended, Floats, Ints, StepRow
 from streaming.wire import DecodedDecision, Feedback
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 Topic = Literal["decisions", "feedback"]
+SessionKey = tuple[str, int]
+"""Session id of the app, number of the visit."""
 DECISIONS: Topic = "decisions"
 FEEDBACK: Topic = "feedback"
 
@@ -80,28 +87,73 @@ class Session(msgspec.Struct, array_like=True, eq=False, gc=False):
     end_ms: int = 0  # a late decision up to here still belongs to it
 
     @property
+    def key(self) -> SessionKey:
+        """Of this session."""
+        return self.session_id, self.number
+
+    @property
     def name(self) -> str:
         """The session id of rows."""
         return f"{self.session_id}#{self.number}" if self.number else self.session_id
 
 
 class JoinState(msgspec.Struct):
-    """Everything that a join of one partition needs to go on; timers are derived from it."""
+    """Everything that a join of one partition needs to go on, or what of it is new since the state before; timers are derived from it."""
 
     version: int
     partition: int
     watermark_ms: int
     newest_ms: dict[str, int]  # topic -> newest event time seen
     settled: dict[str, dict[Bucket, int]]  # topic -> bucket -> events, since the first event ever
-    seen: dict[int, list[str]]  # event time // 1 s -> event ids with a prefix for the topic
-    pending_decisions: list[OpenStep]
+    seen: dict[int, list[str]]  # event time // 1 s -> new event ids with a prefix for the topic
+    seen_from_s: int  # those of earlier seconds are forgotten
+    pending_decisions: list[OpenStep]  # new ones; those before the watermark are pending no longer
     pending_feedback: list[Feedback]
     num_closed: int = 0
-    waiting: list[Feedback] = []
-    open_sessions: list[Session] = []  # least recently active first
-    ended_sessions: list[Session] = []
-    gone: dict[str, tuple[int, Bucket]] = {}  # decision id -> forgotten at, bucket of its feedback; oldest first
-    numbers: dict[str, tuple[int, int]] = {}  # session id -> forgotten at, last number; oldest first
+    waiting: dict[str, list[Feedback]] = {}  # decision id -> all that waits for it; empty: nothing does any longer
+    left_steps: list[str] = []
+    left_sessions: list[SessionKey] = []
+    sessions: list[Session] = []  # changed ones, or all that ended; their steps as far as they changed
+    active: list[Session] = []  # the same of those that go to the end of the order of activity, or all open ones
+    gone: dict[str, tuple[int, Bucket]] = {}  # new ones: decision id -> forgotten at, bucket of its feedback; oldest first
+    numbers: dict[str, tuple[int, int]] = {}  # new ones: session id -> forgotten at, last number; oldest first
+
+
+@dataclass(slots=True)
+class Changes:
+    """What is new in the open sessions since the last state."""
+
+    steps: dict[str, OpenStep] = field(default_factory=dict)
+    sessions: dict[SessionKey, Session] = field(default_factory=dict)
+    active: dict[SessionKey, Session] = field(default_factory=dict)  # touched while open, in this order
+    left_steps: list[str] = field(default_factory=list)
+    left_sessions: list[SessionKey] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)  # decision ids for which what waits has changed
+    gone: dict[str, tuple[int, Bucket]] = field(default_factory=dict)
+    numbers: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def put_into(
+        self, state: JoinState, steps: Mapping[str, tuple[OpenStep, Session]], waiting: Mapping[str, Mapping[str, Feedback]]
+    ) -> None:
+        """Fill a state that builds on another.
+
+        Args:
+            state: Of now.
+            steps: All steps, each with its session.
+            waiting: Decision id -> event id -> feedback that waits for the decision.
+        """
+        changed: dict[SessionKey, list[OpenStep]] = {}
+        for step_id, step in self.steps.items():
+            session = steps[step_id][1]
+            changed.setdefault(session.key, []).append(step)
+            self.sessions[session.key] = session
+        others = [session for key, session in self.sessions.items() if key not in self.active]
+        state.sessions, state.active = (
+            [msgspec.structs.replace(session, steps=changed.get(session.key, [])) for session in sessions]
+            for sessions in (others, self.active.values())
+        )
+        state.waiting = {decision_id: list(waiting.get(decision_id, {}).values()) for decision_id in self.waiting}
+        state.left_steps, state.left_sessions, state.gone, state.numbers = self.left_steps, self.left_sessions, self.gone, self.numbers
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -113,12 +165,72 @@ def encode_state(state: JoinState) -> bytes:
     return _encoder.encode(state)
 
 
-def decode_state(payload: bytes, partition: int) -> JoinState:
-    """Read a stored state.
+def read_chain(payloads: Sequence[bytes], partition: int) -> JoinState:
+    """The whole state at the end of a chain: a whole one, then changes.
 
     Raises:
         LogError: it is damaged, of another version, or of another partition.
     """
+    states = [_decode(payload, partition) for payload in payloads]
+    return states[0] if len(states) == 1 else _put_together(states)
+
+
+def drop_forgotten(memory: dict[str, tuple[int, Any]], now_ms: int) -> None:
+    """Drop the oldest entries, as far as they are to be forgotten before now."""
+    while memory and memory[first := next(iter(memory))][0] < now_ms:
+        del memory[first]
+
+
+def _put_together(states: Sequence[JoinState]) -> JoinState:
+    whole = states[0]
+    sessions: dict[SessionKey, Session] = {}  # open ones in the order of their activity, ended ones anywhere
+    steps: dict[SessionKey, dict[str, OpenStep]] = {}
+    key_of: dict[str, SessionKey] = {}
+    for state in states:
+        for step_id in state.left_steps:
+            if (key := key_of.pop(step_id, None)) is not None:
+                del steps[key][step_id]
+        for key in state.left_sessions:
+            sessions.pop(key, None)
+            steps.pop(key, None)
+        for session in state.active:
+            sessions.pop(session.key, None)
+        for session in chain(state.sessions, state.active):
+            key = session.key
+            sessions[key] = session
+            steps.setdefault(key, {}).update((step.step_id, step) for step in session.steps)
+            key_of.update((step.step_id, key) for step in session.steps)
+        if state is not whole:
+            for second, ids in state.seen.items():
+                whole.seen.setdefault(second, []).extend(ids)
+            whole.pending_decisions += state.pending_decisions
+            whole.pending_feedback += state.pending_feedback
+            whole.waiting |= state.waiting
+            whole.gone |= state.gone
+            for session_id, number in state.numbers.items():
+                whole.numbers.pop(session_id, None)
+                whole.numbers[session_id] = number
+    last = states[-1]
+    for key, session in sessions.items():
+        session.steps = sorted(steps[key].values(), key=lambda step: step.place)
+    drop_forgotten(whole.gone, last.watermark_ms)
+    drop_forgotten(whole.numbers, last.watermark_ms)
+    return msgspec.structs.replace(
+        last,
+        seen={second: ids for second, ids in whole.seen.items() if second >= last.seen_from_s},
+        pending_decisions=[step for step in whole.pending_decisions if step.event_time_ms >= last.watermark_ms],
+        pending_feedback=[event for event in whole.pending_feedback if event.event_time_ms >= last.watermark_ms],
+        waiting={decision_id: events for decision_id, events in whole.waiting.items() if events},
+        left_steps=[],
+        left_sessions=[],
+        sessions=[session for session in sessions.values() if session.ended is not None],
+        active=[session for session in sessions.values() if session.ended is None],
+        gone=whole.gone,
+        numbers=whole.numbers,
+    )
+
+
+def _decode(payload: bytes, partition: int) -> JoinState:
     try:
         state = _decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

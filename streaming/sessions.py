@@ -36,9 +36,9 @@ from streaming.session_state import (
     OpenStep,
     Topic,
     bulk_of,
-    decode_state,
     encode_state,
     open_step,
+    read_chain,
     step_row,
 )
 from streaming.wire import LEAVE, Decision, DecodedDecision, Event, Feedback
@@ -53,13 +53,13 @@ class SessionJoiner:
     Args:
         partition: Of both topics.
         config: Sections `join`, `reward`, `spec`.
-        state: What `snapshot` returned; None starts with the first event ever.
+        state: What `snapshot` returned, from a whole one on; None starts with the first event ever.
 
     Raises:
         LogError: the state is damaged or belongs to another partition.
     """
 
-    def __init__(self, partition: int, config: Config, *, state: bytes | None = None) -> None:
+    def __init__(self, partition: int, config: Config, *, state: Sequence[bytes] | None = None) -> None:
         self._partition, self._reward, self._spec = partition, config.reward, config.spec.build()
         self._caps = np.asarray([b.cap for b in config.reward.behaviours], np.float64)
         self._lateness, self._dedup = round(config.join.lateness_s * 1000), round(config.join.dedup_s * 1000)
@@ -69,6 +69,9 @@ class SessionJoiner:
         self._seen: set[str] = set()
         self._seen_by_second: dict[int, list[str]] = {}
         self._pending: list[tuple[int, int, str, OpenStep | Feedback]] = []
+        self._num_taken = 0  # of the pending ones, when the watermark last moved
+        self._new_pending: list[OpenStep | Feedback] = []  # those that no snapshot has
+        self._num_stored: dict[int, int] = {}  # second -> how many of its ids the last snapshot and those before it have
         self._bulks: dict[str, Bulk] = {}  # decision id -> what its first row needs
         self._lacking: dict[str, int] = {}
         self._keep_late = config.kafka.late_topics
@@ -76,7 +79,7 @@ class SessionJoiner:
         self._late: list[Event] = []
         self._sessions = OpenSessions(config, self._settled, self._bulks, self._note_late)
         if state is not None:
-            self._restore(decode_state(state, partition))
+            self._restore(read_chain(state, partition))
 
     @property
     def watermark_ms(self) -> int:
@@ -184,20 +187,30 @@ class SessionJoiner:
         late, self._late = self._late, []
         return late
 
-    def snapshot(self) -> bytes:
-        """Everything needed to go on from here; the rows of `advance` so far count as delivered."""
-        pending = [event for *_, event in sorted(self._pending, key=lambda entry: entry[:3])]
+    def snapshot(self, *, whole: bool = True) -> bytes:
+        """What is needed to go on from here; the rows of `advance` so far count as delivered. Call it after `advance`, before `push`.
+
+        Args:
+            whole: Everything; else what is new since the last snapshot of this joiner, to be read after it.
+        """
+        assert self._num_taken == len(self._pending), "events were pushed since the last advance"
+        pending = [event for *_, event in self._pending] if whole else self._new_pending
+        stored = {} if whole else self._num_stored
+        seen = {s: ids[stored.get(s, 0) :] for s, ids in self._seen_by_second.items() if len(ids) > stored.get(s, 0)}
+        self._num_stored = {second: len(ids) for second, ids in self._seen_by_second.items()}
+        self._new_pending = []
         state = JoinState(
             version=STATE_VERSION,
             partition=self._partition,
             watermark_ms=self.watermark_ms,
             newest_ms=self._newest,
             settled={topic: dict(settled) for topic, settled in self._settled.items()},
-            seen=self._seen_by_second,
+            seen=seen,
+            seen_from_s=self._seen_from_s(),
             pending_decisions=[event for event in pending if isinstance(event, OpenStep)],
             pending_feedback=[event for event in pending if isinstance(event, Feedback)],
         )
-        self._sessions.store(state)
+        self._sessions.store(state, whole=whole)
         return encode_state(state)
 
     def _restore(self, state: JoinState) -> None:
@@ -208,6 +221,8 @@ class SessionJoiner:
         events: list[OpenStep | Feedback] = [*state.pending_decisions, *state.pending_feedback]
         for event in events:
             self._push(event)
+        self._num_taken = len(self._pending)
+        self._num_stored = {second: len(ids) for second, ids in state.seen.items()}
         self._sessions.restore(state)
         self._lacking = {step.step_id: step.offset for step in [*state.pending_decisions, *self._sessions.unclosed()]}
 
@@ -247,6 +262,7 @@ class SessionJoiner:
         """Events and timers in the order of their time. A timer is due at the watermark; an event there may still have company to come."""
         sessions, timers, pending = self._sessions, self._sessions.timers, self._pending
         apply: tuple[Callable[[Any], None], ...] = (sessions.apply_decision, sessions.apply_feedback, sessions.apply_leave)
+        self._new_pending += [event for *_, event in pending[self._num_taken :]]
         pending.sort()  # mostly in order already; no two are equal in all but the event
         at, count = 0, len(pending)
         while True:
@@ -264,10 +280,16 @@ class SessionJoiner:
         del pending[:at]
         sessions.now_ms = watermark
         sessions.forget()
+        self._new_pending = [event for event in self._new_pending if event.event_time_ms >= watermark]
+        self._num_taken = len(pending)
         self._overdue = {}
-        horizon = (watermark - self._dedup) // 1000
+        horizon = self._seen_from_s()
         for second in [second for second in self._seen_by_second if second < horizon]:
             self._seen.difference_update(self._seen_by_second.pop(second))
+
+    def _seen_from_s(self) -> int:
+        """Ids of earlier seconds are forgotten."""
+        return (self.watermark_ms - self._dedup) // 1000
 
     def _rows(self, closed_ms: int) -> list[StepRow]:
         steps, b = list(self._sessions.changed.values()), len(self._caps)

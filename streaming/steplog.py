@@ -36,7 +36,7 @@ from esrl_ray.errors import Fenced, LogError
 from esrl_ray.reward import digest_of
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Bools
-from streaming.statefiles import StateFiles, WorkerState, open_store
+from streaming.statefiles import StateFiles, WorkerState, open_store, sign_of_life
 from streaming.steptable import check_widths, merge_steps, rows_to_table, step_schema
 
 __all__ = [
@@ -102,7 +102,7 @@ class StepLog:
             if not DeltaTable.is_deltatable(self._where):
                 DeltaTable.create(self._where, schema=step_schema(), mode="ignore", configuration=_TABLE_PROPERTIES)
             self._table = DeltaTable(self._where)
-            self._alive = _sign_of_life(self._where)
+            self._alive = sign_of_life(self._where)
         except (DeltaError, OSError) as error:
             raise LogError(f"cannot open the step log: {error}", self._where) from error
         if self._alive is not None:
@@ -123,31 +123,47 @@ class StepLog:
         """Number of the last commit; -1 before the first."""
         return _committed(self._table, self._worker)
 
+    @property
+    def base(self) -> int | None:
+        """Commit that the next state may build on; None: it must be whole."""
+        return self._states.base
+
     def restore(self) -> WorkerState | None:
         """State of the last commit, or None before the first.
 
-        A damaged state file n voids commit n: the table goes back to the rows of n-1, and state n-1 stands in as state n, since the
-        number n is spent. The events of n are read again.
+        When state n cannot be read, because its file is damaged or one that it builds on, the table goes back to the rows of the newest
+        commit m whose state can be read; that state stands in as state n, since the numbers up to n are spent. Commits m+1 to n are void,
+        and their events are read again.
 
         Raises:
-            LogError: neither state n nor state n-1 can be read.
+            LogError: none of the states that are kept can be read.
         """
         n = self.committed
         if n < 0:
             return None
-        made = _made(self._table, NEWEST)
         try:
-            return self._states.read(n, made.get(n, {}).get(INCARNATION))
+            return self._states.read(n, _made(self._table, NEWEST).get(n, {}).get(INCARNATION))
         except LogError as damage:
-            if n - 1 not in made:
-                fix = "start with an empty log"
-                raise LogError(f"{damage.what}, and there is no commit {n - 1} to go back to", damage.where, fix) from damage
-            before = self._states.read(n - 1, made[n - 1][INCARNATION])
+            return self._go_back(n, damage)
+
+    def _go_back(self, n: int, damage: LogError) -> WorkerState:
+        made = _made(self._table)
+        for m in self._states.numbers():
+            if m >= n or m not in made:
+                continue
+            try:
+                before = self._states.read(m, made[m][INCARNATION])
+            except LogError:
+                continue
+            _logger.warning("commits are void, their events are read again first=%d last=%d reason=%s", m + 1, n, damage)
             state = msgspec.structs.replace(before, commit=n, incarnation=self._incarnation)
             self._states.write(state, self._incarnation)
-            self._table.restore(int(made[n - 1]["version"]), commit_properties=CommitProperties(custom_metadata=self._metadata(state)))
+            self._table.restore(int(made[m]["version"]), commit_properties=CommitProperties(custom_metadata=self._metadata(state)))
             self._table = DeltaTable(self._where)
             return state
+        raise LogError(
+            f"{damage.what}, and there is no commit before {n} to go back to", damage.where, "start with an empty log"
+        ) from damage
 
     def commit(self, state: WorkerState, table: pa.Table) -> None:
         """Make rows and state durable as one commit.
@@ -235,23 +251,6 @@ class StepLog:
 
 def _table_place(root: str | Path, worker: str) -> str:
     return f"{str(root).rstrip('/')}/{worker}"
-
-
-def _sign_of_life(where: str) -> int | None:
-    """A lock that every owner of a table shares as long as it lives, and that `rewrite` wants alone; None on an object store.
-
-    Raises:
-        LogError: the table is being rewritten.
-    """
-    if "://" in where:
-        return None
-    file = os.open(Path(where, "_alive"), os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(file)
-        raise LogError("the rewards in this step log are being recomputed", where, "start again when that is done") from error
-    return file
 
 
 def _committed(table: DeltaTable, worker: str) -> int:

@@ -315,14 +315,16 @@ class IngestWorker:
             for late in joiner.take_late():
                 self._dead_letters.late(self._names[DECISIONS if isinstance(late, Decision) else FEEDBACK], late)
         self._dead_letters.flush()
+        base = self._log.base
         state = WorkerState(
             commit=n,
             incarnation=self._log.incarnation,
             positions=self._source.positions(),
-            joiners={p: joiner.snapshot() for p, joiner in self._joiners.items()},
+            joiners={p: [joiner.snapshot(whole=base is None)] for p, joiner in self._joiners.items()},
             committed_ms=start_ms,
             topic_ids=self._topic_ids,
             reward=self._config.reward.canonical,
+            builds_on=base,
         )
         self._log.commit(state, table)
         self._commit, self._last_ledger, self._committed_ms = n, ledger, self._clock_ms()

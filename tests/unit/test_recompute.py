@@ -45,7 +45,7 @@ def worker_state(n: int, joiner: SessionJoiner, config: Config, incarnation: str
         commit=n,
         incarnation=incarnation,
         positions={"decisions/0": n},
-        joiners={0: joiner.snapshot()},
+        joiners={0: [joiner.snapshot()]},
         committed_ms=T0 + n,
         reward=config.reward.canonical,
     )

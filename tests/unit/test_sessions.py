@@ -378,6 +378,6 @@ def test_dead_letters_are_settled_by_the_worker() -> None:
 def test_a_damaged_state_or_one_of_another_partition_is_refused() -> None:
     state = SessionJoiner(0, CONFIG).snapshot()
     with pytest.raises(LogError, match="cannot be read"):
-        SessionJoiner(0, CONFIG, state=state[:-3])
-    with pytest.raises(LogError, match="partition 0, expected 2 of 1"):
-        SessionJoiner(1, CONFIG, state=state)
+        SessionJoiner(0, CONFIG, state=[state[:-3]])
+    with pytest.raises(LogError, match="partition 0, expected 3 of 1"):
+        SessionJoiner(1, CONFIG, state=[state])

@@ -101,3 +101,12 @@ def test_nothing_is_kept_when_late_topics_are_off() -> None:
     join.push(*shown("a", 1))
     join.until(201)
     assert join.joiner.take_late() == [] and join.joiner.ledger["feedback", Bucket.LATE] == 1
+
+
+def test_a_step_stays_while_a_late_list_behind_it_may_still_get_its_link() -> None:
+    join = Join(configure(amend_s=1))
+    join.push(*shown("a", 0), *shown("d", 6))
+    join.until(12)
+    join.push(decision("b", 3), *shown("c", 5))  # b is never shown: a's link is c's, although a is past amending
+    join.until(13)
+    assert [(name, row.index, row.next_id) for name, row in sorted(join.steps.items())] == [("a", 0, "c"), ("c", 1, "d"), ("d", 2, None)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from esrl_ray.config import Config
 from esrl_ray.reward import rewards_of
 from esrl_ray.vocabulary import Bucket, Ended, StepRow
 from streaming import wire
+from streaming.session_state import read_chain
 from streaming.sessions import SessionJoiner
 from streaming.wire import DecodedDecision, Feedback
 from tests.unit.test_sessions import REWARD, T0, configure, decision, feedback
@@ -73,38 +76,53 @@ def traffic(draw: st.DrawFn, *, max_delay_s: float) -> list[Sent]:
 
 
 class Poll(NamedTuple):
-    """What one poll brings: this many decisions and feedbacks; then whether the joiner advances and is restored from its snapshot."""
+    """What one poll brings: this many decisions and feedbacks; then what is done, each with all before it.
+
+    `advance` the joiner; `store` what changed, `whole` everything; `restart` from what was stored.
+    """
 
     num_decisions: int
     num_feedback: int
-    advance: bool
-    restart: bool
+    then: Literal["", "advance", "store", "whole", "restart"]
 
 
-POLLS = st.lists(st.builds(Poll, st.integers(0, 6), st.integers(0, 12), st.booleans(), st.booleans()), max_size=30)
+POLLS = st.lists(
+    st.builds(Poll, st.integers(0, 6), st.integers(0, 12), st.sampled_from(["", "advance", "store", "store", "whole", "restart"])),
+    max_size=30,
+)
 
 
 def join(
-    sent: Sequence[Sent], config: Config, polls: Sequence[Poll], *, close: bool = True, late: list[wire.Event] | None = None
+    sent: Sequence[Sent],
+    config: Config,
+    polls: Sequence[Poll],
+    *,
+    close: bool = True,
+    late: list[wire.Event] | None = None,
+    joiner: SessionJoiner | None = None,
 ) -> tuple[list[StepRow], SessionJoiner]:
     """Read both topics in an interleaving, then everything else; at the end both are idle at END_S, and closed."""
+    sent_decisions = {s.event.event.decision_id: s.event for s in sent if isinstance(s.event, DecodedDecision)}
+    stored: list[bytes] = []
     decisions = [(i, s.event) for i, s in enumerate(s for s in sent if isinstance(s.event, DecodedDecision))]
     events = [(i, s.event) for i, s in enumerate(s for s in sent if isinstance(s.event, Feedback))]
-    joiner, rows = SessionJoiner(0, config), []
-    for poll in [*polls, Poll(len(decisions), len(events), True, False)]:
+    joiner, rows = joiner or SessionJoiner(0, config), []
+    for poll in [*polls, Poll(len(decisions), len(events), "advance")]:
         taken = decisions[: poll.num_decisions], events[: poll.num_feedback]
         del decisions[: poll.num_decisions], events[: poll.num_feedback]
         joiner.push(
             [(i, e) for i, e in taken[0] if isinstance(e, DecodedDecision)], [(i, e) for i, e in taken[1] if isinstance(e, Feedback)]
         )
-        if poll.advance:
+        if poll.then:
             rows += joiner.advance(clock_ms=T0, decisions_at_end=False, feedback_at_end=False)
-        if poll.restart:
+        if poll.then in ("store", "whole", "restart"):
+            whole = poll.then == "whole" or not stored
+            stored = [*([] if whole else stored), joiner.snapshot(whole=whole)]
+        if poll.then == "restart":
             if late is not None:
                 late += joiner.take_late()
-            joiner = SessionJoiner(0, config, state=joiner.snapshot())
-            again = {e.event.decision_id: e for e in (s.event for s in sent) if isinstance(e, DecodedDecision)}
-            assert all(joiner.give_back(offset, again[name]) for name, offset in dict(joiner.lacking).items())
+            joiner = SessionJoiner(0, config, state=stored)
+            assert all(joiner.give_back(offset, sent_decisions[name]) for name, offset in dict(joiner.lacking).items())
     if close:
         clock_ms = T0 + round(END_S * 1000)
         rows += joiner.advance(clock_ms=clock_ms, decisions_at_end=True, feedback_at_end=True)
@@ -112,6 +130,16 @@ def join(
     if late is not None:
         late += joiner.take_late()
     return rows, joiner
+
+
+def remembered(chain: Sequence[bytes]) -> object:
+    """What a chain says, in a form that does not depend on the order of what has none."""
+    plain = msgspec.to_builtins(read_chain(chain, 0))
+    for name in ("pending_decisions", "pending_feedback", "sessions"):
+        plain[name].sort(key=repr)
+    for events in (*plain["seen"].values(), *plain["waiting"].values()):
+        events.sort(key=repr)
+    return [*plain.items(), list(plain["gone"]), list(plain["numbers"])]
 
 
 def text(value: object) -> object:
@@ -282,10 +310,29 @@ def test_every_order_of_arrival_within_the_lateness_gives_the_steps_of_the_oracl
 def test_a_restart_at_any_point_changes_no_row(name: str, sent: list[Sent], polls: list[Poll]) -> None:
     config = CONFIGS[name]
     rows, joiner = join(sent, config, polls)
-    steady_rows, steady = join(sent, config, [poll._replace(restart=False) for poll in polls])
+    steady_rows, steady = join(sent, config, [poll._replace(then="advance" if poll.then else "") for poll in polls])
     assert [[text(v) for v in dataclasses.astuple(r)] for r in rows] == [[text(v) for v in dataclasses.astuple(r)] for r in steady_rows]
     assert joiner.ledger == steady.ledger
-    assert joiner.snapshot() == steady.snapshot()
+    assert remembered([joiner.snapshot()]) == remembered([steady.snapshot()])
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@settings(max_examples=60, deadline=None)
+@given(sent=traffic(max_delay_s=30), polls=POLLS)
+def test_what_changed_since_a_whole_state_makes_up_the_state_at_every_commit(name: str, sent: list[Sent], polls: list[Poll]) -> None:
+    chain: list[bytes] = []
+
+    class Both(SessionJoiner):
+        """Stores what changed, and compares it with everything."""
+
+        def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool) -> list[StepRow]:
+            rows = super().advance(clock_ms=clock_ms, decisions_at_end=decisions_at_end, feedback_at_end=feedback_at_end)
+            chain.append(self.snapshot(whole=not chain))
+            everything = SessionJoiner(0, CONFIGS[name], state=chain)
+            assert remembered(chain) == remembered([everything.snapshot()]) == remembered([copy.deepcopy(self).snapshot()])
+            return rows
+
+    join(sent, CONFIGS[name], [poll._replace(then="advance" if poll.then else "") for poll in polls], joiner=Both(0, CONFIGS[name]))
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
 import pyarrow as pa
 import pytest
 
@@ -70,15 +71,28 @@ class World:
 
     incarnation = "i"
 
+    num_since_restart = 0
+
+    @property
+    def base(self) -> int | None:
+        """Every third state is whole."""
+        return len(self.commits) - self.num_since_restart % 3 if self.num_since_restart % 3 else None
+
     def restore(self) -> WorkerState | None:
+        self.num_since_restart = 0
         return self.state
 
     def commit(self, state: WorkerState, table: pa.Table) -> None:
         assert state.commit == len(self.commits) and state.incarnation == "i" and table.schema == step_schema()
         assert not self.waiting_late, "late events are acknowledged before the commit"
+        assert state.builds_on == self.base
         assert not (set(self.refused) - set(self.dead)), "a commit must not pass a dead letter that is not acknowledged"
         self.moment("before commit")
-        self.state = state
+        if self.base is not None:
+            assert self.state is not None
+            joiners = {p: self.state.joiners[p] + state.joiners[p] for p in state.joiners}
+            state = msgspec.structs.replace(state, joiners=joiners, builds_on=None)
+        self.state, self.num_since_restart = state, self.num_since_restart + 1
         self.commits.append(table)
         self.moment("after commit")
 

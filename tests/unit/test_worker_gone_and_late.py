@@ -32,7 +32,7 @@ def with_an_open_list() -> World:
 def test_the_state_carries_no_bulk_and_a_restart_takes_it_from_the_topic() -> None:
     world = with_an_open_list()
     sent = decision("a", 0, session="s")
-    assert world.state is not None and not any(sent.states.tobytes() in state for state in world.state.joiners.values())
+    assert world.state is not None and not any(sent.states.tobytes() in part for parts in world.state.joiners.values() for part in parts)
     dead, world.num_passed = dict(world.dead), 0
     worker = world.worker()
     worker.run_once()  # reads again

@@ -103,6 +103,7 @@ class _Memory:
     """Step log and dead letters that last as long as the run."""
 
     incarnation = "fault-free"
+    base: int | None = 0  # nobody goes on from these states
 
     def __init__(self) -> None:
         self.tables: list[pa.Table] = []
