@@ -30,6 +30,39 @@ FLUSH_TIMEOUT_S, RETRY_S = 300.0, 1.0
 MAX_REASON_BYTES = 1_000
 
 
+class RefusedShare:
+    """The share of refused records among the last ones, and its limit.
+
+    Args:
+        max_share: `kafka.max_dead_letter_share`.
+        window: Records over which it is taken.
+    """
+
+    def __init__(self, max_share: float, window: int = WINDOW) -> None:
+        self._max_share, self._size = max_share, window
+        self._window: deque[bool] = deque(maxlen=window)
+
+    def passed(self, num_records: int) -> None:
+        """Count records that were fine."""
+        self._window.extend([False] * min(num_records, self._size))
+
+    def refused(self, where: str, error: WireError) -> None:
+        """Count one that was not.
+
+        Raises:
+            StreamError: they are too many.
+        """
+        self._window.append(True)
+        refused = sum(self._window)
+        if refused > max(MIN_REFUSED, self._max_share * self._size):
+            raise StreamError(
+                f"{refused} of the last {len(self._window)} records were refused, more than kafka.max_dead_letter_share "
+                f"{self._max_share} of {self._size}; the last one: {error}",
+                where,
+                "find out who writes them (wrong topic, schema_version or spec?); nothing was committed past them",
+            )
+
+
 class DeadLetters:
     """Refused records and late events on their way to their topics; connects at the first one.
 
@@ -45,12 +78,12 @@ class DeadLetters:
         self._config, self._flush_timeout_s, self._clock_s = config, flush_timeout_s, clock_s
         self._producer: KafkaProducer | None = None
         self._waiting: list[dict[str, Any]] = []
-        self._window: deque[bool] = deque(maxlen=WINDOW)
+        self._share = RefusedShare(config.max_dead_letter_share)
         self.sent = 0  # acknowledged
 
     def passed(self, num_records: int) -> None:
         """Count records that were fine; the share of refused ones is taken over the last 1,000 records."""
-        self._window.extend([False] * min(num_records, WINDOW))
+        self._share.passed(num_records)
 
     def send(self, record: Record, error: WireError) -> None:
         """Take one refused record; it is in Kafka after `flush`.
@@ -71,15 +104,7 @@ class DeadLetters:
             *([(ATTEMPTS, str(record.attempts).encode())] if record.attempts else []),
         ]
         self._waiting.append({"topic": record.topic + DEAD_LETTER_SUFFIX, "key": where.encode(), "value": record.value, "headers": headers})
-        self._window.append(True)
-        refused = sum(self._window)
-        if refused > max(MIN_REFUSED, self._config.max_dead_letter_share * WINDOW):
-            raise StreamError(
-                f"{refused} of the last {len(self._window)} records were refused, more than kafka.max_dead_letter_share "
-                f"{self._config.max_dead_letter_share} of {WINDOW}; the last one: {error}",
-                f"{record.topic}[{record.partition}]@{record.offset}",
-                "find out who writes them (wrong topic, schema_version or spec?); nothing was committed past them",
-            )
+        self._share.refused(f"{record.topic}[{record.partition}]@{record.offset}", error)
 
     def late(self, topic: str, event: Event) -> None:
         """Take one event that was counted late, in our own encoding and with the key of its session; it is in Kafka after `flush`."""

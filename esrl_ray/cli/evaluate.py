@@ -44,6 +44,7 @@ FLATTERED = (
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, features, resamples.")
 @click.option("--all-users", is_flag=True, help="Judge by all users, also where policy.held_out_share left some out of learning.")
+@click.option("--as-of", multiple=True, metavar="[WORKER=]N", help="Read the step log up to this commit of a worker, or of all.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     *,
@@ -59,6 +60,7 @@ def evaluate(
     updates: int,
     seed: int,
     all_users: bool,
+    as_of: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Estimate a policy's reward per session from a log, beside another policy's, with support and 95 % intervals over users.
@@ -75,7 +77,7 @@ def evaluate(
     for policy in policies.values():
         if policy.spec != spec:
             raise SpecMismatch(f"policy is for spec {policy.spec.digest}, this deployment's is {spec.digest}", str(folder))
-    read, warning = read_log(log, config), None
+    read, warning = read_log(log, config, as_of), None
     if config.policy.held_out_share and not all_users:
         read = read.of_users(config, held_out=True)
     else:

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 import click
 import pyarrow as pa
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esrl_ray.cli.clock import clock_ms
+from esrl_ray.cli.importing import import_files
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
 from streaming.recompute import recompute_rewards
@@ -25,7 +27,7 @@ COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version"
 
 @click.group("log")
 def log_group() -> None:
-    """Look at the step log, apply another reward to it."""
+    """Look at the step log, fill it from files, apply another reward to it."""
 
 
 @log_group.command("show")
@@ -82,6 +84,37 @@ def recompute(path: str, overrides: tuple[str, ...]) -> None:
         click.echo(f"{worker}: {what}")
 
 
+@log_group.command("import")
+@click.option("--decisions", required=True, type=click.Path(exists=True, path_type=Path), help="File or folder: Parquet or JSON lines.")
+@click.option("--feedback", required=True, type=click.Path(exists=True, path_type=Path), help="File or folder: Parquet or JSON lines.")
+@click.option("--config", "path", default="configs/online.yaml", show_default=True, help="YAML of the deployment.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. run.dir=runs/other.")
+@click.option("--worker", default="import-0", show_default=True, help="Name of the table in the step log; one for each set of files.")
+@click.option("--rejects", type=click.Path(path_type=Path), help="File for refused rows.  [default: <run.dir>/rejects/<worker>.jsonl]")
+def import_log(*, decisions: Path, feedback: Path, path: str, overrides: tuple[str, ...], worker: str, rejects: Path | None) -> None:
+    """Read old decisions and feedback into the step log, through the join of the live path.
+
+    Rows have the fields of the two events on the wire (docs/data.md), in order of event time within each file and over the names of the
+    files. A call that was killed goes on where its last commit was; a call on what is imported adds nothing.
+    """
+    config = load_config(path, overrides, environment=os.environ)
+    rejects = rejects or config.run.path / "rejects" / f"{worker}.jsonl"
+    import_files(config, log_root(config), decisions, feedback, worker=worker, rejects=rejects, say=click.echo)
+
+
+@log_group.command("export-kuairand")
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder of a KuaiRand log.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for decisions.jsonl and feedback.jsonl.")
+@click.option("--config", "path", default="configs/kuairand.yaml", show_default=True, help="YAML of the deployment.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
+def export_kuairand(*, data: Path, out: Path, path: str, overrides: tuple[str, ...]) -> None:
+    """Write the lists of a KuaiRand log and the feedback that was logged for them as files for `esrl log import`."""
+    from esrl_ray.cli.kuairand_files import write_files  # with the upstream models it takes seconds
+
+    decisions, feedback = write_files(load_config(path, overrides, environment=os.environ), data, out, say=click.echo)
+    click.echo(f"{decisions:,} decisions and {feedback:,} feedback events in {out}")
+
+
 def log_root(config: Config) -> str:
     """Folder of the step log of this deployment's spec."""
     return str(config.run.path / "log" / config.spec.build().digest)
@@ -122,15 +155,15 @@ def _commits(root: str, workers: list[str], limit: int) -> Table:
     for name in ("worker", "commit", "committed (UTC)"):
         table.add_column(name, no_wrap=True)
     table.add_column("rows", justify="right")
-    table.add_column("reward", no_wrap=True)
     table.add_column("incarnation", overflow="fold")
     table.add_column("next offsets, of the newest commits", overflow="fold")
     for worker in workers:
-        for info in commit_history(root, worker)[-limit:]:
+        history = commit_history(root, worker)[-limit:]
+        for info in history:
             offsets = "-" if info.positions is None else _offsets(info.positions)
-            table.add_row(
-                worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.reward or "-", info.incarnation, offsets
-            )
+            table.add_row(worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.incarnation, offsets)
+        if history:
+            table.caption = f"{table.caption or 'reward section:'} {worker}={history[-1].reward or 'unknown'}"
     return table
 
 

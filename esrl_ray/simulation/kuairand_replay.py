@@ -98,6 +98,10 @@ class KuaiRandInput:
         """User of request i."""
         return str(self.log.user_ids[self._x.user[self.lists[i][0]]])
 
+    def time_ms(self, i: int) -> int:
+        """When request i was made: the first exposure of its list."""
+        return int(self._x.time_ms[self.lists[i][0]])
+
     def request(self, i: int) -> dict[str, Any]:
         """Body of request i, as `POST /v1/fuse` takes it; the user's successive blocks are one session."""
         rows, user = self.lists[i], self.user_id(i)

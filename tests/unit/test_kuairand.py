@@ -15,12 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from esrl_ray.cli.importing import import_files
+from esrl_ray.cli.kuairand_files import write_files
+from esrl_ray.cli.logged import read_log
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError, RequestError
 from esrl_ray.policy.policy import Policy
 from esrl_ray.simulation.kuairand import KuaiRandTraffic, evaluate_kuairand, prepare
 from esrl_ray.simulation.kuairand_replay import KuaiRandInput, default_cache
 from serve.schemas import parse
+from streaming.steplog import read_steps
 from tests.unit.test_kuairand_data import write_folder
 
 CONFIG = Path(__file__).parents[2] / "configs" / "kuairand.yaml"
@@ -261,3 +265,19 @@ def test_a_user_with_one_video_in_a_block_makes_no_request(tmp_path: Path, deplo
 
 def test_the_cache_lies_in_the_folder_of_this_project() -> None:
     assert default_cache().parts[-2:] == ("esrl-ray", "kuairand")
+
+
+def test_an_import_takes_all_files_of_a_log(deployment: Config, folder: Path, real_input: KuaiRandInput, tmp_path: Path) -> None:
+    config = deployment.model_copy(update={"run": deployment.run.model_copy(update={"dir": str(tmp_path)})})
+    decisions, events = write_files(config, folder, tmp_path / "files", say=quiet, cache=folder / "cache")
+    root = str(tmp_path / "log" / config.spec.build().digest)
+    paths = (tmp_path / "files" / f"{name}.jsonl" for name in ("decisions", "feedback"))
+    ledger = import_files(config, root, *paths, worker="import-0", rejects=tmp_path / "rejects.jsonl", say=quiet)
+    assert ledger["decisions"]["joined"] == decisions == len(real_input.lists)
+    assert ledger["feedback"]["joined"] == events
+    steps = read_log(str(tmp_path), config).steps
+    for i, rows in enumerate(real_input.lists):  # both are in order of time
+        shown = len(rows) // 2 if len(rows) > 1 else 1
+        assert steps.columns["shown"][i].sum() == shown
+        np.testing.assert_allclose(steps.columns["behaviours"][i, :shown], real_input.logged(rows[:shown]), atol=1e-3)
+    assert set(read_steps(root)["ended"].to_pylist()) <= {"has_next", "truncated"}
