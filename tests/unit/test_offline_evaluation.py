@@ -281,6 +281,8 @@ def test_the_command_reads_a_runs_folder_and_names_a_missing_column(setting: Con
     result = CliRunner().invoke(evaluate, ["--log", str(tmp_path / "run"), *rest])
     assert result.exit_code == 0, (result.output, result.exception)
     assert json.loads(result.stdout)["policy"]["support"]["sessions"] == pytest.approx(1500, abs=5)
+    result = CliRunner().invoke(evaluate, ["--log", str(tmp_path / "run"), "--as-of", "0", *rest])
+    assert 300 < json.loads(result.stdout)["policy"]["support"]["sessions"] < 1400, "the first commit has 2,000 steps"
     result = CliRunner().invoke(evaluate, ["--log", str(tmp_path / "steps.parquet"), *rest])
     assert isinstance(result.exception, InputDataError) and "num_candidates" in str(result.exception)
 
