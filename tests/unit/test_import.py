@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ from esrl_ray.cli.importing import import_files
 from esrl_ray.cli.log import log_group
 from esrl_ray.cli.logged import read_log
 from esrl_ray.config import Config
-from esrl_ray.errors import ConfigError, InputDataError, StreamError
+from esrl_ray.errors import ConfigError, InputDataError, LogError, StreamError
+from esrl_ray.reward import RewardConfig
 from streaming.files import Rejects
+from streaming.recompute import recompute_rewards
 from streaming.sessions import SessionJoiner
-from streaming.steplog import StepLog, commit_history, read_steps
+from streaming.steplog import StepLog, WorkerState, commit_history, read_steps
 from streaming.steptable import merge_steps, rows_to_table
 from streaming.wire import DecodedDecision, Feedback
 from tests.unit.test_sessions import CONFIG, SPEC, T0, decision, feedback
@@ -79,9 +82,9 @@ def imported(root: Path, decisions: Path, events: Path, config: Config = LATER, 
     return said
 
 
-def expected(decisions: list[DecodedDecision], events: list[Feedback], *, without: int = -1) -> list[Row]:
+def expected(decisions: list[DecodedDecision], events: list[Feedback], *, without: int = -1, config: Config = CONFIG) -> list[Row]:
     """The join of everything at once."""
-    joiner = SessionJoiner(0, CONFIG)
+    joiner = SessionJoiner(0, config)
     joiner.push([(i, d) for i, d in enumerate(decisions) if i != without], list(enumerate(events)))
     return steps_of(merge_steps(rows_to_table(joiner.close(clock_ms=T0))))
 
@@ -141,6 +144,37 @@ def test_a_crash_at_any_commit_changes_nothing(
     said = imported(tmp_path, *paths)
     assert steps_of(read_steps(tmp_path / "log")) == expected(decisions, events, without=7)
     assert "1 dead_letter" in said[0] and len((tmp_path / "rejects.jsonl").read_bytes().splitlines()) == 1
+
+
+@pytest.mark.parametrize("commits", [1, 6])
+@pytest.mark.parametrize("new", [False, True], ids=["the same behaviours", "a new behaviour"])
+def test_a_reward_recomputed_in_the_middle_is_that_of_all_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: int, new: bool
+) -> None:
+    decisions, events = visits()
+    paths = write_lines(tmp_path / "d.jsonl", [wire(d) for d in decisions]), write_lines(tmp_path / "f.jsonl", [wire(e) for e in events])
+    with monkeypatch.context() as patch:
+        commit = StepLog.commit
+
+        def dying(log: StepLog, state: WorkerState, table: pa.Table) -> None:
+            if state.commit == commits:
+                raise KeyboardInterrupt
+            commit(log, state, table)
+
+        patch.setattr(StepLog, "commit", dying)
+        with pytest.raises(KeyboardInterrupt):
+            imported(tmp_path, *paths)
+    gc.collect()  # the locks of what died
+    behaviours = [*([{"name": "share"}] if new else []), *(b.model_dump() for b in CONFIG.reward.behaviours)]
+    reward = RewardConfig.model_validate({"behaviours": behaviours, "groups": [{"name": "all", "expression": "click * watch - 1"}]})
+    config = LATER.model_copy(update={"reward": reward})
+    with pytest.raises(LogError, match="recompute-rewards"):
+        imported(tmp_path, *paths, config=config)
+    gc.collect()
+    recompute_rewards(StepLog(tmp_path / "log", "import-0", "between", SPEC), reward, committed_ms=T0)
+    said = imported(tmp_path, *paths, config=config)
+    assert "24 joined" in said[0] and "75 joined" in said[1]
+    assert steps_of(read_steps(tmp_path / "log")) == expected(decisions, events, config=config)
 
 
 def test_refused_rows_are_counted_by_reason_with_samples_and_the_ledger_adds_up(tmp_path: Path) -> None:
