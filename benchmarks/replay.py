@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.buffers import sampling
-from esrl_ray.config import Config, load_config
+from esrl_ray.config import Config, LogConfig, load_config
 from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.vocabulary import Ended, Floats, StepRow
 from streaming.steplog import StepLog, WorkerState, read_commits, read_steps
@@ -98,7 +98,8 @@ def main() -> None:
             log.commit(WorkerState(commit=n, incarnation="one", positions={}, joiners={0: [b"x" * 100_000]}, committed_ms=n), tables[n])
 
     with tempfile.TemporaryDirectory() as root:
-        log, count = StepLog(root, "w", "one", config.spec.build()), len(tables)
+        count = len(tables)
+        log = StepLog(root, "w", "one", config.spec.build(), LogConfig(tidy_every=count))
         for first in range(0, count, max(1, count // 4)):
             until = min(count, first + max(1, count // 4))
             timed(f"commits {first}..{until - 1}, per commit", lambda a=first, b=until: commit_all(log, a, b), until - first)  # type: ignore[misc]
@@ -108,7 +109,7 @@ def main() -> None:
         timed("read merged steps, per step", lambda: read_steps(root), num_steps)
         refilled = ReplayBuffer(config, seed=0, read_log=lambda worker, after: read_commits(root, worker, after))
         timed("refill from the log, per step", lambda: refilled.refill(["w"]), num_steps)
-        timed("merge small files", log.compact, 1)
+        timed("merge small files", lambda: log.tidy(lambda: 0, 1), 1)
         timed("read merged steps, per step", lambda: read_steps(root), num_steps)
 
     buffer = ReplayBuffer(config, seed=0, read_log=lambda worker, after: [])

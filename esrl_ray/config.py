@@ -167,6 +167,19 @@ class IngestConfig(Section):
     max_poll_records: Positive = Field(4000, description="Records per poll.")
 
 
+class LogConfig(Section):
+    """The step log, and its care by the worker that owns each table, between two commits."""
+
+    root: str | None = Field(
+        None, description="Folder or URI (`s3://bucket/path`) of the step logs; none: `log` in run.dir. Credentials: the store's variables."
+    )
+    tidy_every: Positive = Field(100, description="Commits between two rounds of care: merge small files, checkpoint, clean up.")
+    keep_hours: int = Field(6, ge=0, description="Files that were merged, and entries of the table's history, stay this long for readers.")
+    retention_days: Positive | None = Field(
+        None, description="Whole days of commits older than this are dropped; null keeps all. Replay refills from what is kept."
+    )
+
+
 class ReplayConfig(Section):
     """The replay buffer D, a view of the step log."""
 
@@ -327,6 +340,7 @@ class Config(Section):
     kafka: KafkaConfig = KafkaConfig()
     join: JoinConfig = JoinConfig()
     ingest: IngestConfig = IngestConfig()
+    log: LogConfig = LogConfig()
     replay: ReplayConfig = ReplayConfig()
     learner: LearnerConfig = LearnerConfig()
     exploration: ExplorationConfig = ExplorationConfig()
@@ -378,6 +392,14 @@ class Config(Section):
     def max_pairs(self) -> int:
         """G = l + K, the largest number of pairs in a step that serving makes by default."""
         return self.serve.list_size + self.serve.num_unshown
+
+    @property
+    def log_root(self) -> str:
+        """Folder or URI of the step logs of this deployment's spec."""
+        root = str(self.run.path / "log") if self.log.root is None else self.log.root
+        if "://" not in root:
+            root = str(Path(root).expanduser().resolve())
+        return f"{root.rstrip('/')}/{self.spec.build().digest}"
 
     def shown(self) -> dict[str, Any]:
         """Effective values for people; secrets read `**********`."""

@@ -22,6 +22,7 @@ COUNTERS = {
 }
 GAUGES = {
     "esrl_log_commit_seconds": ("Time of the last commit.", ("worker",)),
+    "esrl_log_tidy_seconds": ("Time of the last care of the table: merging, checkpoint, clean-up.", ("worker",)),
     "esrl_kafka_lag_events": ("End offset minus position.", ("topic", "partition")),
     "esrl_watermark_behind_seconds": ("Clock minus watermark.", ("partition",)),
     "esrl_session_open_count": ("Open sessions.", ("worker",)),

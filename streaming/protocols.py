@@ -66,6 +66,9 @@ class Log(Protocol):
     def commit(self, state: WorkerState, table: pa.Table) -> None:
         """Make rows and state durable as one."""
 
+    def tidy(self, clock_ms: Callable[[], int], budget_ms: int) -> bool:
+        """Care for the table when it is time."""
+
 
 class RefusedRecords(Protocol):
     """What the worker needs of `streaming.deadletter.DeadLetters`."""

@@ -6,24 +6,19 @@ leaves the old table or the new one; run again, it rewrites what is still old. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from deltalake.transaction import AddAction
 
 from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.reward import RewardConfig, digest_of, rewards_of
 from esrl_ray.vocabulary import Floats
 from streaming.session_state import encode_state, read_chain
-from streaming.statefiles import open_store
-from streaming.steplog import NEWEST, StepLog, commit_history, list_workers, read_commits
-
-FILE_BYTES = 64 * 2**20  # uncompressed, of one data file
+from streaming.steplog import NEWEST, StepLog, commit_history, list_workers
 
 
 def recompute_rewards(log: StepLog, reward: RewardConfig, *, committed_ms: int) -> tuple[str, int] | None:
@@ -54,7 +49,7 @@ def recompute_rewards(log: StepLog, reward: RewardConfig, *, committed_ms: int) 
     changed = msgspec.structs.replace(
         state, commit=n, incarnation=mine, joiners=joiners, committed_ms=committed_ms, reward=reward.canonical
     )
-    log.rewrite(changed, lambda: _write_files(log, changed.commit, lambda rows: with_rewards(rows, columns, len(before.names), reward)))
+    log.rewrite(changed, lambda rows: with_rewards(rows, columns, len(before.names), reward))
     return digest_of(state.reward) if state.reward else "", changed.commit
 
 
@@ -102,32 +97,6 @@ def with_rewards(rows: pa.Table, columns: list[int], num_before: int, reward: Re
         lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.reshape(-1), pa.float32()))
         rows = rows.set_column(rows.column_names.index(name), name, lists)
     return rows
-
-
-def _write_files(log: StepLog, commit: int, change: Callable[[pa.Table], pa.Table]) -> list[AddAction]:
-    """All rows after a change as data files in order of commits, with the statistics that readers choose files by."""
-    root, worker = log.place
-    store, folder = open_store(f"{root}/{worker}")
-    actions: list[AddAction] = []
-
-    def write(rows: pa.Table) -> None:
-        path = f"{folder}/{(name := f'rewritten-{commit}-{len(actions)}-{log.incarnation}.parquet')}"
-        pq.write_table(change(rows), path, filesystem=store, compression="zstd", compression_level=1, use_dictionary=False)
-        file, commits = store.get_file_info(path), rows["commit"]
-        low, high = ({"commit": commits[i].as_py()} for i in (0, -1))
-        stats = {"numRecords": len(rows), "minValues": low, "maxValues": high, "nullCount": {"commit": 0}}
-        actions.append(AddAction(name, file.size, {}, file.mtime_ns // 1_000_000, True, msgspec.json.encode(stats).decode()))
-
-    waiting: list[pa.Table] = []
-    for _, rows in read_commits(root, worker):
-        if len(rows):
-            waiting.append(rows)
-        if sum(table.nbytes for table in waiting) >= FILE_BYTES:
-            write(pa.concat_tables(waiting))
-            waiting = []
-    if waiting:
-        write(pa.concat_tables(waiting))
-    return actions
 
 
 def _check_behaviours(before: RewardConfig, reward: RewardConfig) -> None:

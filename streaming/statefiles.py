@@ -89,11 +89,7 @@ class StateFiles:
         """
         content = msgspec.msgpack.encode(state)
         path, raw = self.path(state.commit, incarnation), hashlib.sha256(content).digest() + content
-        if isinstance(self._store, fs.LocalFileSystem):
-            _write_durably(Path(path), raw)
-        else:
-            with self._store.open_output_stream(path) as stream:
-                stream.write(raw)
+        write_durably(self._store, path, raw)
         if state.builds_on is None:
             self._wholes = [*(n for n in self._wholes[-1:] if n != state.commit), state.commit]
             self._bytes_whole, self._bytes_since = len(raw), 0
@@ -157,7 +153,17 @@ def _number(path: str) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def _write_durably(path: Path, raw: bytes) -> None:
+def write_durably(store: fs.FileSystem, name: str, raw: bytes) -> None:
+    """Write a whole file that survives a power cut.
+
+    Raises:
+        OSError: it was not written; nothing is left of it.
+    """
+    if not isinstance(store, fs.LocalFileSystem):
+        with store.open_output_stream(name) as stream:
+            stream.write(raw)
+        return
+    path = Path(name)
     temporary = path.with_suffix(".writing")
     try:
         with temporary.open("wb") as file:

@@ -105,7 +105,7 @@ class IngestWorker:
         self._source.read_again({f"{config.kafka.decisions_topic}/{p}": min(offsets) for p, offsets in self._lacking.items()})
         self._last_ledger = self._ledger()
         self._refusals: dict[Topic, Counter[Refusal]] = {DECISIONS: Counter(), FEEDBACK: Counter()}
-        self._commit_s = 0.0
+        self._commit_s = self._tidy_s = 0.0
         self._due_ms = clock_ms() + self._interval_ms
         self._error: str | None = None
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ class IngestWorker:
         Returns:
             ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`), watermarks_ms (by
             partition), open_sessions, steps_closed (since the first ever), refusals ({topic: {code: records}}, by this process), commit,
-            committed_ms, commit_s (time of the last commit), error.
+            committed_ms, commit_s (time of the last commit), tidy_s (of the last care of the table), error.
         """
         return self._status
 
@@ -336,6 +336,10 @@ class IngestWorker:
                 publish(self._worker, n, table, self._committed_ms)
             except Exception as error:  # a subscriber's trouble must not stop the log
                 _logger.warning("publish failed worker=%s commit=%d reason=%s", self._worker, n, error)
+        tidy_ms = self._clock_ms()
+        if self._log.tidy(self._clock_ms, self._interval_ms // 2):  # after publishing, so that nobody waits for it
+            self._tidy_s = (self._clock_ms() - tidy_ms) / 1000
+            self._take_status()
 
     def _check_topic_ids(self) -> None:
         """Offsets of a topic made anew mean other records, also where it has as many already."""
@@ -370,5 +374,6 @@ class IngestWorker:
             "commit": self._commit,
             "committed_ms": self._committed_ms,
             "commit_s": self._commit_s,
+            "tidy_s": self._tidy_s,
             "error": self._error,
         }

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from esrl_ray.cli import parts
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.cli.live import LiveStatus
 from esrl_ray.config import Config
@@ -185,7 +184,7 @@ def served_by_all(served: Mapping[str, Mapping[int, int]]) -> dict[int, float]:
 
 def steps_in_loop(config: Config, readings: Readings, served: Mapping[int, float]) -> StepTimes:
     """Every step's way through the loop, from the log and the readings."""
-    root = str(parts.log_root(config))
+    root = config.log_root
     tables = [
         drawable_steps(worker, read_commits(root, worker), sample_without_next=config.replay.sample_without_next)
         for worker in list_workers(root)
@@ -209,7 +208,7 @@ def glance_at(readings: Readings) -> Glance:
     Args:
         readings: From `Readings.frozen`: another thread goes on filling the original.
     """
-    steps = read_steps(str(parts.log_root(readings.config)))
+    steps = read_steps(readings.config.log_root)
     if not len(steps):
         return Glance()
     times = steps_in_loop(readings.config, readings, served_by_all(readings.last.get("traffic", {}).get("served", {})))
@@ -238,7 +237,7 @@ def make_report(config: Config, readings: Readings, *, data: Path | None, say: C
     start_ms, stop_ms = float(readings.first_decision_ms), float(readings.stop_ms)
     traffic, learner = readings.last["traffic"], readings.last["learner"]
     latencies, served = np.asarray(traffic["latencies_ms"]), traffic["served"]
-    steps = read_steps(str(parts.log_root(config)))
+    steps = read_steps(config.log_root)
     times = steps_in_loop(config, readings, served_by_all(served))
     sessions = session_rewards(steps)
     before_ms = max(stop_ms - ARM_MARGIN_S * 1e3, start_ms + (stop_ms - start_ms) / 2)

@@ -40,7 +40,7 @@ def import_files(
         raise ConfigError(f"{worker!r} is the name of a live worker", "--worker", "take another, e.g. import-0")
     one = {"kafka": config.kafka.model_copy(update={"num_partitions": 1}), "serve": config.serve.model_copy(update={"decision_keys": ()})}
     alone = config.model_copy(update=one)  # a single reader, and decisions of another time were signed with other keys
-    log = StepLog(root, worker, uuid.uuid4().hex, config.spec.build())
+    log = StepLog(root, worker, uuid.uuid4().hex, config.spec.build(), config.log)
     limit = config.ingest.max_poll_records
     source = FileSource(config.kafka, decisions, feedback, {}, max_poll_records=limit)
     before = log.restore()

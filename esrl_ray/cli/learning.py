@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 
 from esrl_ray import actors
 from esrl_ray.cli.clock import clock_ms
-from esrl_ray.cli.parts import Part, log_root, worker_names
+from esrl_ray.cli.parts import Part, worker_names
 from esrl_ray.config import Config
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
@@ -35,7 +35,7 @@ def replay_shards(config: Config) -> list[ActorHandle]:
     Raises:
         LogError: the rewards in the log are of another reward.
     """
-    check_rewards(log_root(config), config.reward)
+    check_rewards(config.log_root, config.reward)
     return [_shard(config, i) for i in range(config.replay.num_shards)]
 
 
@@ -46,7 +46,7 @@ def _shard(config: Config, i: int) -> ActorHandle:
             ReplayShard,
             config,
             config.learner.seed + i,
-            functools.partial(_commits_after, str(log_root(config)), config.reward),
+            functools.partial(_commits_after, config.log_root, config.reward),
             clock_ms,
             worker_names(config)[i :: config.replay.num_shards],
             detached=True,
@@ -79,7 +79,7 @@ def training_loop(config: Config, store: ActorHandle, shards: Sequence[ActorHand
         shards=shards,
         checkpoint_dir=config.run.path / "checkpoints",
         clock_ms=clock_ms,
-        read_newest=functools.partial(read_newest, str(log_root(config))),
+        read_newest=functools.partial(read_newest, config.log_root),
     )
 
 

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.cli.importing import import_files
-from esrl_ray.config import Config, load_config
+from esrl_ray.config import load_config
 from esrl_ray.errors import ConfigError
 from streaming.recompute import recompute_rewards
-from streaming.steplog import StepLog, commit_history, list_workers, read_commits, read_steps
+from streaming.steplog import NEWEST, StepLog, commit_history, list_workers, read_commits, read_steps
 
 COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version", "event_time_ms", "ended", "next_id")
 
@@ -42,7 +42,7 @@ def show(
 ) -> None:
     """List commits with rows and offsets, read one commit back, or read the steps as of a commit."""
     config = load_config(path, overrides, environment=os.environ)
-    root = log_root(config)
+    root = config.log_root
     found = list_workers(root)
     if not found:
         raise ConfigError("there is no step log of this configuration's spec", root, "name the run's folder with --set run.dir=...")
@@ -73,11 +73,13 @@ def recompute(path: str, overrides: tuple[str, ...]) -> None:
     replay shards that start then have the new rewards; a learner's checkpoint of the old ones is refused and says what to do.
     """
     config = load_config(path, overrides, environment=os.environ)
-    root = log_root(config)
+    root = config.log_root
     if not (workers := list_workers(root)):
         raise ConfigError("there is no step log of this configuration's spec", root, "name the run's folder with --set run.dir=...")
     for worker in workers:
-        done = recompute_rewards(StepLog(root, worker, uuid.uuid4().hex, config.spec.build()), config.reward, committed_ms=clock_ms())
+        done = recompute_rewards(
+            StepLog(root, worker, uuid.uuid4().hex, config.spec.build(), config.log), config.reward, committed_ms=clock_ms()
+        )
         what = (
             f"commit {done[1]}, reward {done[0] or 'unknown'} -> {config.reward.digest}" if done else f"has reward {config.reward.digest}"
         )
@@ -99,7 +101,7 @@ def import_log(*, decisions: Path, feedback: Path, path: str, overrides: tuple[s
     """
     config = load_config(path, overrides, environment=os.environ)
     rejects = rejects or config.run.path / "rejects" / f"{worker}.jsonl"
-    import_files(config, log_root(config), decisions, feedback, worker=worker, rejects=rejects, say=click.echo)
+    import_files(config, config.log_root, decisions, feedback, worker=worker, rejects=rejects, say=click.echo)
 
 
 @log_group.command("export-kuairand")
@@ -113,11 +115,6 @@ def export_kuairand(*, data: Path, out: Path, path: str, overrides: tuple[str, .
 
     decisions, feedback = write_files(load_config(path, overrides, environment=os.environ), data, out, say=click.echo)
     click.echo(f"{decisions:,} decisions and {feedback:,} feedback events in {out}")
-
-
-def log_root(config: Config) -> str:
-    """Folder of the step log of this deployment's spec."""
-    return str(config.run.path / "log" / config.spec.build().digest)
 
 
 def read_commit(root: str, worker: str, commit: int) -> pa.Table:
@@ -158,7 +155,7 @@ def _commits(root: str, workers: list[str], limit: int) -> Table:
     table.add_column("incarnation", overflow="fold")
     table.add_column("next offsets, of the newest commits", overflow="fold")
     for worker in workers:
-        history = commit_history(root, worker)[-limit:]
+        history = commit_history(root, worker, 2 * limit + NEWEST)[-limit:]
         for info in history:
             offsets = "-" if info.positions is None else _offsets(info.positions)
             table.add_row(worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.incarnation, offsets)

@@ -18,7 +18,7 @@ from esrl_ray.evaluation.second_tier import Rule, held_out_rows
 from esrl_ray.replay.logged import logged_steps
 from esrl_ray.replay.steps import Steps
 from streaming.recompute import check_rewards
-from streaming.steplog import commit_history, list_workers, read_steps
+from streaming.steplog import last_commits, list_workers, read_steps
 from streaming.steptable import merge_steps, step_schema
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -84,7 +84,7 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
     root = _root(path, config.spec.build().digest)
     workers = list_workers(root)
     check_rewards(root, config.reward)
-    lineage = parse_as_of(tuple(as_of), workers) if as_of else _last_commits(root, workers)
+    lineage = parse_as_of(tuple(as_of), workers) if as_of else last_commits(root, workers)
     table = read_steps(root, as_of=lineage)
     if not len(table):
         cut = f" up to {' '.join(f'{w}@{n}' for w, n in sorted(lineage.items()))}" if as_of else ""
@@ -116,11 +116,6 @@ def _root(path: str, digest: str) -> str:
         if (Path(base) / "_delta_log").is_dir():
             raise LogError("this is the table of one ingest worker", base, "name the folder above it")
     raise LogError("there is no step log", base, _WHAT)
-
-
-def _last_commits(root: str, workers: Sequence[str]) -> dict[str, int]:
-    """{worker: newest commit}; a worker that has not committed is left out."""
-    return {worker: history[-1].commit for worker in workers if (history := commit_history(root, worker))}
 
 
 def _read_parquet(path: str) -> pa.Table:

@@ -10,7 +10,6 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,11 +28,6 @@ from streaming.steplog import StepLog
 from streaming.worker import IngestWorker, collect_less_often
 
 _logger = logging.getLogger(__name__)
-
-
-def log_root(config: Config) -> Path:
-    """Folder of the step logs of this spec."""
-    return config.run.path / "log" / config.spec.build().digest
 
 
 def worker_names(config: Config) -> list[str]:
@@ -117,7 +111,7 @@ class IngestPart(Part):
             config,
             worker,
             partitions,
-            log=StepLog(log_root(config), worker, uuid.uuid4().hex, config.spec.build()),
+            log=StepLog(config.log_root, worker, uuid.uuid4().hex, config.spec.build(), config.log),
             source_factory=lambda positions: Source(config.kafka, partitions, positions, max_poll_records=config.ingest.max_poll_records),
             dead_letters=DeadLetters(config.kafka),
             publish=[Publisher(shards[index % len(shards)])],
@@ -175,6 +169,7 @@ class IngestMeter:
         self._count("esrl_log_commits_total", status["commit"], worker=self._worker)
         if status["commit_s"] is not None:
             self._telemetry.gauge("esrl_log_commit_seconds", status["commit_s"], worker=self._worker)
+        self._telemetry.gauge("esrl_log_tidy_seconds", status["tidy_s"], worker=self._worker)
         for where, lag in status["lag"].items():
             topic, partition = where.rsplit("/", 1)
             self._telemetry.gauge("esrl_kafka_lag_events", lag, topic=topic, partition=partition)

@@ -20,7 +20,6 @@ import torch
 
 from esrl_ray import actors
 from esrl_ray.cli.logged import read_log
-from esrl_ray.cli.parts import log_root
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
 from esrl_ray.evaluation.second_tier import KeepRows, ReadNewest, judge_log, load_verdict
@@ -136,7 +135,7 @@ def unpin(config: Config, *, address: str | None) -> None:
 def _reader(log: Path | None, config: Config) -> ReadNewest:
     """Reader of a step log's newest steps, or of a Parquet file's."""
     if log is None or not log.is_file():
-        return functools.partial(read_newest, str(log or log_root(config)))
+        return functools.partial(read_newest, log or config.log_root)
 
     def of_file(num_steps: int, keep: KeepRows) -> pa.Table:
         rows = read_log(str(log), config).table

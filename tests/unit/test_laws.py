@@ -17,7 +17,7 @@ FOLDERS = (*PACKAGES, "configs", "tests", "benchmarks", "docs", ".ci")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".cfg", ".ini", ".txt", ".lock", ".sh", ".json", ".html", ""}
 EQUATION = re.compile(r"\bEqs?\. ?\(?(\d+)\)?")
 
-LONG = {"esrl_ray/config.py": 500}
+LONG = {"esrl_ray/config.py": 600}
 """Files that may be longer than 400 lines: one schema is one file."""
 
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]

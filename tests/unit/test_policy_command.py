@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from esrl_ray.cli.parts import log_root
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.config import load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
@@ -67,7 +66,7 @@ def test_judge_reads_the_runs_log_and_keeps_a_verdict_that_show_prints(run: Path
     assert "no held-out explore users; against version 1" in esrl_policy(run, "judge", str(version), *arguments).stdout
 
     table = step_table(simulated_steps(config, 600))
-    log = StepLog(log_root(config), "ingest-0", "one", spec)
+    log = StepLog(config.log_root, "ingest-0", "one", spec)
     log.commit(WorkerState(commit=0, incarnation="one", positions={}, joiners={}, committed_ms=1), table)
     said = esrl_policy(run, "judge", str(version), *arguments).stdout
     assert said.startswith("second tier: abstain: too little support: ") and "against version 1" in said

@@ -21,7 +21,6 @@ from esrl_ray.errors import ConfigError, Fenced, LogError
 from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.reward import rewards_of
 from esrl_ray.vocabulary import StepRow
-from streaming import recompute
 from streaming.recompute import check_rewards, recompute_rewards
 from streaming.sessions import SessionJoiner
 from streaming.steplog import StepLog, WorkerState, commit_history, read_commits, read_steps
@@ -193,17 +192,6 @@ def test_a_running_worker_is_not_pulled_the_rug_from_under(tmp_path: Path) -> No
         running.commit(worker_state(3, SessionJoiner(0, BEFORE), BEFORE, "running"), rows_to_table([]))
 
 
-def test_many_files_become_few_in_the_order_of_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    live(tmp_path)
-    monkeypatch.setattr(recompute, "FILE_BYTES", 1)
-    again(tmp_path)
-    assert len(list((tmp_path / "ingest-0").glob("rewritten-3-*.parquet"))) == 2  # two commits have rows
-    monkeypatch.undo()
-    again(tmp_path, config=AFTER.model_copy(update={"reward": AFTER.reward.model_copy(update={"scale": 1.0})}))
-    assert len(list((tmp_path / "ingest-0").glob("rewritten-4-*.parquet"))) == 1
-    assert [len(rows) for _, rows in read_commits(tmp_path, "ingest-0")] == [1, 0, 1, 0, 0]
-
-
 @pytest.mark.parametrize(
     ("behaviours", "what"),
     [
@@ -275,3 +263,13 @@ def test_a_shard_of_another_reward_is_ended_and_made_anew(monkeypatch: pytest.Mo
     config = AFTER.model_copy(update={"run": RunConfig(dir=str(tmp_path))})
     assert learning.replay_shards(config) == [AFTER.reward.digest] and ended == ["another reward"]
     assert learning.replay_shards(config) == [AFTER.reward.digest] and ended == ["another reward"]
+
+
+def test_a_damaged_state_takes_the_new_rewards_back(tmp_path: Path) -> None:
+    live(tmp_path)
+    before = [rows.to_pylist() for _, rows in read_commits(tmp_path, "ingest-0")]
+    again(tmp_path)
+    next((tmp_path / "ingest-0" / "_state").glob(f"{3:012d}.*")).unlink()
+    restored = StepLog(tmp_path, "ingest-0", "three", SPEC).restore()
+    assert restored is not None and (restored.commit, restored.reward) == (3, BEFORE.reward.canonical)
+    assert [rows.to_pylist() for _, rows in read_commits(tmp_path, "ingest-0")] == [*before, []]

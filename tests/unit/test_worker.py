@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 import pyarrow as pa
@@ -95,6 +95,10 @@ class World:
         self.state, self.num_since_restart = state, self.num_since_restart + 1
         self.commits.append(table)
         self.moment("after commit")
+
+    def tidy(self, clock_ms: Callable[[], int], budget_ms: int) -> bool:
+        assert clock_ms() == self.now_ms and budget_ms == 1_000
+        return False
 
     # -- the dead letters
 

@@ -69,7 +69,7 @@ class ActorFleet:
         if name in self.workers:
             return actors.spawn(name, ChaosIngestPart, config, name, shards, self.folder, max_concurrency=4)
         index = self.shards.index(name)
-        read_log = functools.partial(read_commits, str(parts.log_root(config)))
+        read_log = functools.partial(read_commits, config.log_root)
         return actors.spawn(
             name, ChaosReplayShard, config, config.learner.seed + index, read_log, clock_ms, self.workers[index :: len(self.shards)]
         )

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import msgspec
 from deltalake import DeltaTable
-from deltalake.table import TableOptimizer
 
 from streaming import statefiles, steplog
 from streaming.deadletter import DeadLetters
@@ -101,8 +100,8 @@ def watch(folder: Path, worker: str) -> None:
     _wrap(steplog, "write_deltalake", before=lambda: at(Point.BEFORE_DELTA, Point.DURING_DELTA), after=lambda: at(Point.AFTER_DELTA))
     _wrap(StepLog, "commit", after=lambda: at(Point.BEFORE_PUBLICATION))
     _wrap(
-        TableOptimizer,
-        "compact",
+        steplog,
+        "rewrite",
         before=lambda: at(Point.BEFORE_COMPACTION, Point.DURING_COMPACTION),
         after=lambda: at(Point.AFTER_COMPACTION),
     )

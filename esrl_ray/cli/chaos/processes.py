@@ -42,12 +42,6 @@ KILLED = (-signal.SIGKILL, -signal.SIGALRM)
 """Exit status of a process that was killed at once, or a while after a point."""
 REFUSED = 3
 """Exit status of a worker that ended with a known error, such as being fenced."""
-COMPACT_EVERY = 6  # commits
-
-
-def log_root(config: Config) -> Path:
-    """Folder of the step logs."""
-    return config.run.path / "log" / config.spec.build().digest
 
 
 def shard_of(index: int, config: Config) -> str:
@@ -56,31 +50,27 @@ def shard_of(index: int, config: Config) -> str:
 
 
 class IngestProcess:
-    """One ingest worker, its log compacted every few commits."""
+    """One ingest worker."""
 
     def __init__(self, config: Config, worker: str, folder: Path, shard: Remote) -> None:
         points.watch(folder, worker)
         index = int(worker.rpartition("-")[2])
         partitions = range(index, config.kafka.num_partitions, config.ingest.num_workers)
-        self._log = StepLog(log_root(config), worker, uuid.uuid4().hex, config.spec.build())
+        log = StepLog(config.log_root, worker, uuid.uuid4().hex, config.spec.build(), config.log)
         self._shard, self._stop = shard, threading.Event()
         self._worker = IngestWorker(
             config,
             worker,
             partitions,
-            log=self._log,
+            log=log,
             source_factory=lambda positions: Source(config.kafka, partitions, positions, max_poll_records=config.ingest.max_poll_records),
             dead_letters=DeadLetters(config.kafka),
-            publish=[self._publish, self._compact],
+            publish=[self._publish],
             clock_ms=clock_ms,
         )
 
     def _publish(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
         self._shard.call("apply", worker, commit, rows, committed_ms, timeout_s=10.0)
-
-    def _compact(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
-        if commit % COMPACT_EVERY == COMPACT_EVERY - 1:
-            self._log.compact()
 
     def status(self) -> dict[str, Any]:
         """The worker's status."""
@@ -104,7 +94,7 @@ class ReplayProcess:
         index = int(shard.rpartition("-")[2])
         self._workers = [f"ingest-{i}" for i in range(index, config.ingest.num_workers, config.replay.num_shards)]
         self._lock = threading.Lock()
-        self._buffer = ReplayBuffer(config, seed=index, read_log=functools.partial(read_commits, str(log_root(config))))
+        self._buffer = ReplayBuffer(config, seed=index, read_log=functools.partial(read_commits, config.log_root))
         self._buffer.refill(self._workers, inserted_ms=clock_ms())
 
     def status(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -114,6 +114,9 @@ class _Memory:
 
     def commit(self, state: WorkerState, table: pa.Table) -> None:
         self.tables.append(table)
+
+    def tidy(self, clock_ms: Callable[[], int], budget_ms: int) -> bool:
+        return False
 
     def passed(self, num_records: int) -> None:
         return None

@@ -15,7 +15,6 @@ from esrl_ray.cli.chaos.compare import Report, compare_steps, problems_of, shard
 from esrl_ray.cli.chaos.faults import Fault, Faults
 from esrl_ray.cli.chaos.fleet import Fleet
 from esrl_ray.cli.chaos.load import Load
-from esrl_ray.cli.chaos.processes import log_root
 from esrl_ray.cli.chaos.producing import Producing
 from esrl_ray.cli.chaos.reference import Ends, fault_free, read_topics
 from esrl_ray.config import (
@@ -25,6 +24,7 @@ from esrl_ray.config import (
     JoinConfig,
     KafkaConfig,
     LearnerConfig,
+    LogConfig,
     ReplayConfig,
     RunConfig,
     SpecConfig,
@@ -58,6 +58,7 @@ def chaos_config(folder: Path, bootstrap_servers: str, *, capacity: int) -> Conf
         kafka=KafkaConfig(bootstrap_servers=bootstrap_servers, num_partitions=6),
         join=JoinConfig(dedup_s=60.0, max_ahead_s=30 * 86_400.0),
         ingest=IngestConfig(num_workers=2, commit_interval_s=0.3, max_poll_records=500),
+        log=LogConfig(tidy_every=6),
         replay=ReplayConfig(num_shards=2, capacity=capacity, min_size=100),
         learner=LearnerConfig(batch_size=16, updates_per_call=2, hidden_sizes=(16,), checkpoint_interval_s=2.0),
         exploration=ExplorationConfig(warmup_steps=200, round_steps=1_000),
@@ -169,7 +170,7 @@ def _report(
     took_s: float,
 ) -> Report:
     config, planned = fleet.config, load.count()
-    root = log_root(config)
+    root = config.log_root
     expected, expected_ledger, refused = fault_free(config, read_topics(config.kafka, ends), producing.barriers)
     logs = {name: [rows for _, rows in read_commits(root, name)] for name in fleet.workers}
     steps = read_steps(root)
@@ -215,7 +216,7 @@ def _report(
     )
 
 
-def _recovery(root: Path, doing: Faults) -> dict[str, float]:
+def _recovery(root: str, doing: Faults) -> dict[str, float]:
     """Longest time until each kind of part was back: workers by their next commit, others by their answer."""
     waits = dict(doing.answers_s)
     history = {worker: commit_history(root, worker) for worker in {worker for worker, _ in doing.deaths}}

@@ -1,0 +1,224 @@
+"""Reading step logs: commits in order, merged steps, history; while the owners go on committing and cleaning up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
+from pyarrow import fs
+
+from esrl_ray.errors import LogError
+from esrl_ray.vocabulary import Bools
+from streaming.logfiles import LogFile, list_files, read_files
+from streaming.statefiles import open_store
+from streaming.steptable import merge_steps, step_schema
+
+_T = TypeVar("_T")
+
+MERGED_BYTES = 32 * 2**20  # of the files that small ones are merged into: half a second of one core, measured in benchmarks/log.py
+FILES_AT_ONCE, BYTES_AT_ONCE = 16, MERGED_BYTES  # of `read_newest`: a file is one commit, or many small ones
+INCARNATION, COMMITTED_MS, COMMIT, POSITIONS = "esrl.incarnation", "esrl.committed_ms", "esrl.commit", "esrl.positions"
+REWARD = "esrl.reward"
+
+
+@dataclass(frozen=True, slots=True)
+class CommitInfo:
+    """One commit as the table remembers it."""
+
+    worker: str
+    commit: int
+    rows: int
+    committed_ms: int
+    incarnation: str
+    positions: dict[str, int]  # "topic/partition" -> next offset
+    reward: str | None = None  # digest of the reward section that the table's rewards were made by, as of this commit
+
+
+def table_place(root: str | Path, worker: str) -> str:
+    return f"{str(root).rstrip('/')}/{worker}"
+
+
+def committed(table: DeltaTable, worker: str) -> int:
+    n = table.transaction_version(worker)
+    return -1 if n is None else int(n)
+
+
+def made_commits(table: DeltaTable, newest: int | None = None) -> dict[int, dict[str, Any]]:
+    """{commit: what the table's history says of it}; a commit that was voided later is told as it is now."""
+    return {int(info[COMMIT]): info for info in sorted(table.history(newest), key=lambda i: int(i["version"])) if COMMIT in info}
+
+
+def list_workers(root: str | Path) -> list[str]:
+    """Names of the workers that have a table under `root`."""
+    store, path = open_store(str(root))
+    entries = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    folders = [str(entry.base_name) for entry in entries if entry.type == fs.FileType.Directory]
+    return sorted(name for name in folders if store.get_file_info(f"{path}/{name}/_delta_log").type == fs.FileType.Directory)
+
+
+class _Group(NamedTuple):
+    """Files whose commits overlap, as other tools may leave them; of our own files each is a group."""
+
+    low: int
+    high: int
+    files: list[LogFile]
+
+
+def _groups(files: Sequence[LogFile]) -> list[_Group]:
+    groups: list[_Group] = []
+    for file in files:
+        if groups and file.low <= groups[-1].high:
+            low, high, others = groups.pop()
+            groups.append(_Group(low, max(high, file.high), [*others, file]))
+        else:
+            groups.append(_Group(file.low, file.high, [file]))
+    return groups
+
+
+class _Reader:
+    """A worker's table as it is now.
+
+    Raises:
+        TableNotFoundError: there is none.
+    """
+
+    def __init__(self, root: str | Path, worker: str) -> None:
+        self.worker = worker
+        where = table_place(root, worker)
+        table = DeltaTable(where)
+        self.last, self.groups = committed(table, worker), _groups(list_files(table))
+        dropped = table.transaction_version(f"{worker}.dropped")
+        self.first = 0 if dropped is None else int(dropped) + 1
+        self._store, self._path = open_store(where)
+
+    def rows(self, groups: Iterable[_Group], *, after: int = -1, until: int | None = None) -> pa.Table:
+        """Rows of the files, in order of commits."""
+        rows = read_files(self._store, self._path, [file.path for group in groups for file in group.files])
+        commits = rows["commit"].to_numpy()
+        wanted = (commits > after) & (commits <= (self.last if until is None else until))
+        return rows if wanted.all() else rows.filter(pa.array(wanted))
+
+
+def read_commits(root: str | Path, worker: str, after: int = -1) -> Iterator[tuple[int, pa.Table]]:
+    """Commits of one worker in order, each with its rows; a commit without rows comes with an empty table.
+
+    Args:
+        root: Folder of all workers' tables.
+        worker: Name.
+        after: Only commits above this number.
+    """
+    expected, failed_at = after + 1, -1
+    while True:
+        try:
+            for n, rows in _commits(_Reader(root, worker), expected):
+                yield n, rows
+                expected = n + 1
+            return
+        except TableNotFoundError:
+            return
+        except FileNotFoundError:  # the owner has merged it and cleaned up since the table was opened
+            if failed_at == expected:
+                raise
+            failed_at = expected
+
+
+def _commits(reader: _Reader, first: int) -> Iterator[tuple[int, pa.Table]]:
+    empty, expected = step_schema().empty_table(), max(first, reader.first)
+    for group in reader.groups:
+        if group.high < expected:
+            continue
+        rows = reader.rows([group], after=expected - 1)
+        numbers, starts = np.unique(rows["commit"].to_numpy(), return_index=True)
+        for n, start, end in zip(numbers.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+            yield from ((skipped, empty) for skipped in range(expected, n))
+            yield n, rows.slice(start, end - start)
+            expected = n + 1
+    yield from ((skipped, empty) for skipped in range(expected, reader.last + 1))
+
+
+def _read(root: str | Path, worker: str, read: Callable[[_Reader], _T]) -> _T:
+    """What is read of a worker's table; read anew when its owner cleaned up meanwhile."""
+    try:
+        return read(_Reader(root, worker))
+    except FileNotFoundError:
+        return read(_Reader(root, worker))
+
+
+def read_steps(root: str | Path, *, as_of: Mapping[str, int] | None = None) -> pa.Table:
+    """Every step once: merged over revisions, all workers, in order of event time.
+
+    Args:
+        root: Folder of all workers' tables.
+        as_of: {worker: commit} to read up to; default everything.
+
+    Raises:
+        LogError: that far back the log has been dropped.
+    """
+
+    def rows(reader: _Reader) -> pa.Table:
+        until = reader.last if as_of is None else as_of.get(reader.worker, -1)
+        if 0 <= until < reader.first:
+            what = f"commits of {reader.worker} up to {reader.first - 1} were dropped by log.retention_days, asked for {until}"
+            raise LogError(what, str(root), f"ask for {reader.first} or later")
+        return reader.rows((group for group in reader.groups if group.low <= until), until=until)
+
+    tables = [_read(root, worker, rows) for worker in list_workers(root)]
+    return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
+
+
+def read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Bools], *, max_rows: int = 500_000) -> pa.Table:
+    """About `num_steps` of the newest steps that count, merged, of all workers, in order of event time.
+
+    Files are read from the newest back, some at a time, so that a long log costs no more than what is asked for.
+
+    Args:
+        root: Folder of all workers' tables.
+        num_steps: How many; each worker gives its share, and what stands in the same files.
+        keep: Rows -> (n,) which of them count.
+        max_rows: Rows to look at, at most, in all workers together; the files of the last ones are read to their end.
+    """
+    workers = list_workers(root)
+
+    def newest(reader: _Reader) -> list[pa.Table]:
+        steps = looked = 0
+        found: list[pa.Table] = []
+        left = list(reader.groups)
+        while left:
+            some: list[_Group] = []
+            num_bytes = 0
+            while left and len(some) < FILES_AT_ONCE and num_bytes < BYTES_AT_ONCE:
+                some.append(left.pop())
+                num_bytes += sum(file.num_bytes for file in some[-1].files)
+            rows = reader.rows(reversed(some))
+            kept = rows.filter(pa.array(keep(rows)))
+            found.append(kept)
+            steps, looked = steps + len(kept) - kept["item_ids"].null_count, looked + len(rows)
+            if steps * len(workers) >= num_steps or looked * len(workers) >= max_rows:
+                break
+        return found[::-1]
+
+    tables = [table for worker in workers for table in _read(root, worker, newest)]
+    return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
+
+
+def last_commits(root: str | Path, workers: Iterable[str]) -> dict[str, int]:
+    """{worker: its last commit} of those that have one."""
+    last = {worker: committed(DeltaTable(table_place(root, worker)), worker) for worker in workers}
+    return {worker: n for worker, n in last.items() if n >= 0}
+
+
+def commit_history(root: str | Path, worker: str, newest: int | None = None) -> list[CommitInfo]:
+    """Commits of one worker, oldest first, as far as the table's own history goes back (`log.keep_hours`), or the newest entries of it."""
+    infos = []
+    for n, info in sorted(made_commits(DeltaTable(table_place(root, worker)), newest).items()):
+        rows = int(info.get("operationMetrics", {}).get("num_added_rows", 0))
+        positions = msgspec.json.decode(str(info[POSITIONS]), type=dict[str, int]) if POSITIONS in info else {}
+        infos.append(CommitInfo(worker, n, rows, int(info[COMMITTED_MS]), str(info[INCARNATION]), positions, info.get(REWARD)))
+    return infos
