@@ -8,7 +8,7 @@ UV := $(VENV)/uv/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-methods bench-kuairand bench-speed bench-ingest lock clean
+.PHONY: setup demo test check bench-methods bench-kuairand bench-speed bench-ingest bench-log lock clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,9 @@ bench-speed: $(STAMP)
 
 bench-ingest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ingest $(ARGS)
+
+bench-log: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.log $(ARGS)
 
 lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --quiet --output-file requirements.lock
