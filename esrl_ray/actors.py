@@ -24,6 +24,15 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS
 _logger = logging.getLogger(__name__)
 
 
+def connect(address: str) -> bool:
+    """Join a Ray cluster that runs; False when there is none."""
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError:
+        return False
+    return True
+
+
 def spawn(name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, num_gpus: float = 0) -> ActorHandle:
     """Get the actor of this name, or make it.
 

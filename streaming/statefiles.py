@@ -23,6 +23,7 @@ from pyarrow import fs
 
 from esrl_ray.errors import LogError
 
+STATE_FOLDER = "_state"  # in the worker's table
 KEPT_STATES = 3
 MAX_CHAIN = 100  # files that a restart reads, at most: in an object store each costs a request
 

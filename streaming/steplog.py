@@ -36,7 +36,7 @@ from esrl_ray.errors import Fenced, LogError
 from esrl_ray.reward import digest_of
 from esrl_ray.spec import Spec
 from streaming.logfiles import DATE, NO_HOOKS, list_files, read_files, rewrite, rewrite_mark, runs_to_merge
-from streaming.statefiles import StateFiles, WorkerState, open_store, sign_of_life
+from streaming.statefiles import STATE_FOLDER, StateFiles, WorkerState, open_store, sign_of_life
 from streaming.stepreader import (
     COMMIT,
     COMMITTED_MS,
@@ -74,7 +74,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-STATE_FOLDER = "_state"
+
 NEWEST = 20  # entries of the table's history that a restart looks at
 DAY_MS = 24 * 3600 * 1000
 _STOP_ONE = "another worker of this name is running: stop one"

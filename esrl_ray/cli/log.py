@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esrl_ray.cli.clock import clock_ms
+from esrl_ray.cli.forget import forget
 from esrl_ray.cli.importing import import_files
 from esrl_ray.config import load_config
 from esrl_ray.errors import ConfigError
@@ -28,6 +29,9 @@ COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version"
 @click.group("log")
 def log_group() -> None:
     """Look at the step log, fill it from files, apply another reward to it."""
+
+
+log_group.add_command(forget)
 
 
 @log_group.command("show")

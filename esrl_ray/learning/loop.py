@@ -165,6 +165,7 @@ class TrainingLoop:
         while not stop.is_set():
             if self._due("watch", WATCH_MS):
                 self._shards.watch(self._telemetry)
+                self._progress.round_from = self._shards.at_most(self._progress.round_from)  # or the round would not end for long
             if not self._progress.fitted:
                 self._state = "warming up"
                 if not self._warm_up(algorithm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -37,13 +38,19 @@ class ReplayShard:
     """
 
     def __init__(self, config: Config, seed: int, read_log: ReadLog, clock_ms: Callable[[], int], workers: Sequence[str] = ()) -> None:
-        self._buffer = ReplayBuffer(config, seed=seed, read_log=read_log)
+        self._new_buffer = partial(ReplayBuffer, config, seed=seed, read_log=read_log)
         self._clock_ms, self._reward = clock_ms, config.reward.digest
         self._committed_ms: dict[tuple[str, int], int] = {}
         self._workers = list(workers)
-        self._began_ms = clock_ms()
+        self.refill()
+
+    def refill(self) -> int:
+        """Begin anew with what the logs hold now, as after a restart; the number of steps. A user erased from the log is gone then."""
+        self._buffer = self._new_buffer()
+        self._began_ms = self._clock_ms()
         self._buffer.refill(self._workers, inserted_ms=self._began_ms)
         log_change(_logger, "replay shard ready", {"size": self._buffer.size, "lineage": cut_lineage(self._buffer.lineage)})
+        return self._buffer.size
 
     def apply(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
         """Take the rows of one commit.

@@ -66,6 +66,10 @@ class Shards:
                 log_change(_logger, "sampling budget restored", facts)
             self.limiters[i], self._began_ms[i] = found, stats["began_ms"]
 
+    def at_most(self, inserted: int) -> int:
+        """An earlier count of `inserted`, but no more than there are: retention or an erased user may have shortened the log."""
+        return inserted if None in self._began_ms else min(inserted, self.inserted)
+
     def recent(self, num_steps: int) -> TransitionBatch | None:
         """Newest lists of all shards; None when there is none."""
         share = -(-num_steps // len(self.handles))

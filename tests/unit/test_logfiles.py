@@ -15,8 +15,8 @@ from esrl_ray.errors import LogError
 from esrl_ray.vocabulary import Ended
 from streaming import logfiles, steplog
 from streaming.logfiles import LogFile, list_files, read_files, rewrite, runs_to_merge
-from streaming.statefiles import open_store
-from streaming.steplog import STATE_FOLDER, StepLog, WorkerState, read_commits, read_newest, read_steps, rows_to_table
+from streaming.statefiles import STATE_FOLDER, open_store
+from streaming.steplog import StepLog, WorkerState, read_commits, read_newest, read_steps, rows_to_table
 from tests.unit.test_log_command import SPEC, first, later
 
 DAY_MS = 24 * 3600 * 1000

@@ -116,3 +116,11 @@ def test_budgets_of_another_number_of_shards_are_left_alone_and_said(
         shards.resume([{"inserted": 1, "sampled": 1, "budget": 9.0}] * 2)
     shards.watch(telemetry)
     assert place.totals["budget"] == 5 * RATIO and "checkpoint=2 now=1" in caplog.text
+
+
+def test_a_count_of_before_is_no_more_than_there_is_after_the_log_was_shortened(place: Place, telemetry: Telemetry) -> None:
+    shards = Shards([place])
+    place.write(5)
+    assert shards.at_most(7) == 7, "nobody has answered yet"
+    shards.watch(telemetry)
+    assert shards.at_most(4) == 4 and shards.at_most(7) == 5

@@ -16,8 +16,8 @@ from esrl_ray.errors import Fenced, LogError
 from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.vocabulary import Ended
 from streaming import statefiles
+from streaming.statefiles import STATE_FOLDER
 from streaming.steplog import (
-    STATE_FOLDER,
     CommitInfo,
     StepLog,
     WorkerState,

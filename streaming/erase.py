@@ -1,0 +1,99 @@
+"""Taking one user out of a worker's table, whether its owner runs or not.
+
+Delivery: one Delta commit for a table, which nothing but another rewrite at the same moment can refuse; then the files that held the user
+are removed, those of earlier rewrites too. A crash in between is made good by running it again: what is gone is not counted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
+from pyarrow import dataset, fs
+
+from streaming.logfiles import NO_HOOKS, LogFile, list_files, read_files, rewrite
+from streaming.statefiles import STATE_FOLDER, open_store
+from streaming.stepreader import table_place
+
+ATTEMPTS = 10  # the owner rewrites once in many commits
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What a table held of the user."""
+
+    worker: str
+    rows: int
+    num_steps: int
+    commits: tuple[int, ...]
+    """Those that wrote the rows."""
+    open_sessions: bool
+    """State files still name the user: a session is open, or ended within the last commits."""
+
+
+def erase_user(root: str | Path, worker: str, user_id: str, *, now_ms: int, dry_run: bool) -> Erased:
+    """Take a user's rows out of a worker's table and remove the files that held them.
+
+    Args:
+        root: Folder of all workers' tables.
+        worker: Name.
+        user_id: As the log has it.
+        now_ms: Clock.
+        dry_run: Only count.
+
+    Raises:
+        CommitFailedError, FileNotFoundError: other rewrites came first, again and again.
+    """
+    where = table_place(root, worker)
+    store, folder = open_store(where)
+    for attempt in range(1, ATTEMPTS + 1):
+        table = DeltaTable(where)
+        try:
+            found = [(file, rows) for file in list_files(table) if len(rows := _rows_of(store, f"{folder}/{file.path}", user_id))]
+            if not dry_run:
+                rewrite(table, where, worker, _without(store, folder, [file for file, _ in found], user_id), now_ms=now_ms)
+            break
+        except (CommitFailedError, FileNotFoundError):  # the owner has merged files, and may have removed them
+            if attempt == ATTEMPTS:
+                raise
+    if not dry_run:  # not the full one: it would take the files of a commit that is under way
+        table.vacuum(0, dry_run=False, enforce_retention_duration=False, post_commithook_properties=NO_HOOKS)
+    held = pa.concat_tables([rows for _, rows in found]) if found else None
+    return Erased(
+        worker=worker,
+        rows=0 if held is None else len(held),
+        num_steps=0 if held is None else pc.count_distinct(held["step_id"]).as_py(),
+        commits=() if held is None else tuple(np.unique(held["commit"].to_numpy()).tolist()),
+        open_sessions=_named_in_states(store, f"{folder}/{STATE_FOLDER}", user_id),
+    )
+
+
+def _rows_of(store: fs.FileSystem, path: str, user_id: str) -> pa.Table:
+    """step_id and commit of the user's rows in a file."""
+    rows = dataset.dataset(path, format="parquet", filesystem=store)
+    return rows.to_table(columns=["step_id", "commit"], filter=pc.field("user_id") == user_id)
+
+
+def _without(store: fs.FileSystem, folder: str, files: list[LogFile], user_id: str) -> Iterator[tuple[list[LogFile], pa.Table]]:
+    for file in files:
+        rows = read_files(store, folder, [file.path])
+        yield [file], rows.filter(pc.not_equal(rows["user_id"], user_id))
+
+
+def _named_in_states(store: fs.FileSystem, folder: str, user_id: str) -> bool:
+    name = msgspec.msgpack.encode(user_id)  # as it stands in every state, at any depth: with its length in front
+    for entry in store.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+        try:
+            with store.open_input_file(entry.path) as file:
+                if name in file.read():
+                    return True
+        except FileNotFoundError:  # swept by the owner
+            continue
+    return False

@@ -1,0 +1,160 @@
+"""`esrl log forget`: a user goes out of tables whose owners go on, out of their files, and out of the replay; policies are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+from deltalake import DeltaTable
+from pyarrow import parquet
+
+from esrl_ray import actors
+from esrl_ray.cli.log import log_group
+from esrl_ray.config import Config, LogConfig, load_config
+from esrl_ray.errors import LogError
+from esrl_ray.learning.replay_shard import ReplayShard
+from esrl_ray.policy.policy import Manifest, PolicyKind
+from esrl_ray.secret import pseudonym
+from esrl_ray.vocabulary import Ended
+from streaming import erase, logfiles
+from streaming.erase import erase_user
+from streaming.statefiles import STATE_FOLDER
+from streaming.steplog import StepLog, WorkerState, read_commits, read_steps, rows_to_table
+from tests.unit.test_log_command import SPEC, first, later
+
+NOW_MS = 1_700_000_000_000
+
+
+def commit(log: StepLog, n: int, users: str, joiners: bytes = b"") -> None:
+    """Commit n: a step of each user, and what became of those of the commit before."""
+    rows = [replace(first(f"{n}{user}", n), user_id=user) for user in users]
+    amended = [later(first(f"{n - 1}{user}", n - 1), next_id=f"{n}{user}", ended=Ended.HAS_NEXT, reward=n) for user in users if n]
+    rows += [replace(row, user_id=user) for row, user in zip(amended, users, strict=False)]
+    state = WorkerState(commit=n, incarnation=log.incarnation, positions={}, joiners={0: [joiners]}, committed_ms=NOW_MS)
+    log.commit(state, rows_to_table(rows))
+
+
+def log_of(root: Path, worker: str = "w", **care: Any) -> StepLog:
+    return StepLog(root, worker, "one", SPEC, LogConfig(**care))
+
+
+def users_of(root: Path) -> set[str]:
+    return set(read_steps(root)["user_id"].to_pylist())
+
+
+def on_disk(root: Path, user: str) -> list[str]:
+    """Data files that hold the user, whether the table names them or not."""
+    files = root.glob("*/date=*/*.parquet")
+    return [path.name for path in files if user in parquet.read_table(path, columns=["user_id"])["user_id"].to_pylist()]
+
+
+def test_a_user_is_gone_from_rows_and_files_and_everything_else_stays(tmp_path: Path) -> None:
+    log = log_of(tmp_path, tidy_every=4)
+    for n in range(6):
+        commit(log, n, "ab" if n != 2 else "b")
+        log.tidy(lambda: NOW_MS, 1_000)
+    before = {n: [row for row in rows.to_pylist() if row["user_id"] != "a"] for n, rows in read_commits(tmp_path, "w")}
+    counted = erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=True)
+    assert (counted.rows, counted.num_steps, counted.commits) == (9, 6, (0, 1, 3, 4, 5)) and users_of(tmp_path) == {"a", "b"}
+    assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False) == counted
+    assert {n: rows.to_pylist() for n, rows in read_commits(tmp_path, "w")} == before
+    assert on_disk(tmp_path, "a") == [], "neither the files that were merged nor those that were rewritten are left"
+    again = erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False)
+    assert (again.rows, again.num_steps, again.commits) == (0, 0, ())
+    commit(log, 6, "b")
+    assert log_of(tmp_path).restore() is not None and len(list(read_commits(tmp_path, "w"))) == 7, "the owner has noticed nothing"
+
+
+def test_a_crash_before_the_files_are_removed_is_made_good_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(log_of(tmp_path), 0, "ab")
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DeltaTable, "vacuum", crash)
+        erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False)
+    assert on_disk(tmp_path, "a") and users_of(tmp_path) == {"b"}
+    assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False).rows == 0 and on_disk(tmp_path, "a") == []
+
+
+def test_a_merge_at_the_same_moment_makes_it_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(tmp_path, tidy_every=2)
+    commit(log, 0, "ab")
+    commit(log, 1, "ab")
+
+    def after_a_merge(*args: Any, **options: Any) -> int:
+        monkeypatch.undo()
+        log.tidy(lambda: NOW_MS, 1_000)
+        return logfiles.rewrite(*args, **options)
+
+    monkeypatch.setattr(erase, "rewrite", after_a_merge)
+    assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False).rows == 3
+    assert users_of(tmp_path) == {"b"} and on_disk(tmp_path, "a") == [] and len(read_steps(tmp_path)) == 2
+
+
+def test_a_state_that_names_the_user_is_told(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    for n, open_user in enumerate(["ab", "a"]):  # the id with its length: "a" is not in "ab"
+        commit(log, n, "b", msgspec.msgpack.encode({"user_id": open_user}))
+        assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False).open_sessions == (open_user == "a")
+    assert not (tmp_path / "w" / STATE_FOLDER / "nothing").exists()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Config:
+    """Two workers, three policies: of before, with, and beside the user's data."""
+    config = load_config(None, [f"run.dir={tmp_path}"])
+    root = Path(config.log_root)
+    a, b = log_of(root, "ingest-0"), log_of(root, "ingest-1")
+    commit(a, 0, "b")
+    commit(a, 1, "ab")
+    commit(b, 0, "b")
+    for version, lineage in enumerate([{"ingest-0": 0}, {"ingest-0": 1, "ingest-1": 0}, {"ingest-1": 5}, {}], 1):
+        manifest = Manifest(version=version, digest="", kind=PolicyKind.PAIR, spec=SPEC, lineage=lineage)
+        folder = tmp_path / "policies" / f"{version:06d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    return config
+
+
+def forget(config: Config, *arguments: str) -> Result:
+    path = Path(config.run.dir, "deployment.yaml")
+    path.write_text(f"run: {{dir: {config.run.dir}}}\n")
+    return CliRunner().invoke(log_group, ["forget", "--config", str(path), "--user-id", "a", *arguments])
+
+
+def test_the_command_counts_erases_and_names_policies(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = ReplayShard(deployment, 0, partial(read_commits, deployment.log_root), lambda: NOW_MS, ["ingest-0", "ingest-1"])
+    handle = SimpleNamespace(refill=SimpleNamespace(remote=shard.refill))
+    monkeypatch.setattr(actors, "connect", lambda address: True)
+    monkeypatch.setattr(actors, "find", lambda name: handle)
+    monkeypatch.setattr(actors, "insist", lambda call, **_: call())
+    counted = forget(deployment, "--dry-run").output
+    assert "ingest-0: 2 rows of 2 steps in commits 1 to 1 found\ningest-1: 0 rows of 0 steps found" in counted
+    assert "policies trained on them: 2\n" in counted and "replay" not in counted and shard.stats()["size"] == 3
+    done = forget(deployment).output
+    assert "ingest-0: 2 rows of 2 steps in commits 1 to 1 erased" in done and "policies trained on them: 2\n" in done
+    assert "replay-0: refilled from the log, 2 steps" in done and users_of(Path(deployment.log_root)) == {"b"}
+
+
+def test_without_a_cluster_the_log_is_erased_all_the_same(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors, "connect", lambda address: False)
+    key = "a key of a deployment that hashes its users"
+    monkeypatch.setenv("ESRL_USER_KEY", key)
+    config = load_config(None, [], environment={"ESRL_USER_KEY": key})
+    hashed = pseudonym("a", config.serve.user_key)
+    log = log_of(Path(deployment.log_root), "ingest-2")
+    commit(log, 0, "b")
+    state = WorkerState(commit=1, incarnation="one", positions={}, joiners={0: [msgspec.msgpack.encode(hashed)]}, committed_ms=NOW_MS)
+    log.commit(state, rows_to_table([replace(first("x", 0), user_id=hashed)]))
+    result = forget(deployment)
+    assert "ingest-0: 0 rows" in result.output and "ingest-2: 1 rows of 1 steps" in result.output
+    assert "no Ray cluster runs here" in result.output
+    assert isinstance(result.exception, LogError) and "state of ingest-2 still names the user" in str(result.exception)
