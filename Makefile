@@ -8,7 +8,7 @@ UV := $(VENV)/uv/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-methods bench-kuairand bench-speed bench-ingest bench-log lock clean
+.PHONY: setup demo test test-s3 check bench-methods bench-kuairand bench-speed bench-ingest bench-log lock clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The step log in an S3 store: moto's server in an environment of its own, it would pull 30 packages into the lock.
+test-s3: $(STAMP)
+	test -x $(VENV)/moto/bin/python || $(UV) venv --quiet --python $(BIN)/python $(VENV)/moto
+	$(UV) pip install --quiet --python $(VENV)/moto/bin/python moto==5.2.5 boto3 flask flask-cors
+	ESRL_S3_SERVER=$(abspath $(VENV))/moto/bin/python $(BIN)/python -m pytest tests/integration/test_object_store.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def files_of(root: Path) -> list[LogFile]:
     return list_files(DeltaTable(root / "w"))
 
 
-def content(root: Path) -> list[tuple[int, list[Any]]]:
+def content(root: Path | str) -> list[tuple[int, list[Any]]]:
     return [(n, rows.to_pylist()) for n, rows in read_commits(root, "w")]
 
 
