@@ -7,9 +7,10 @@ parts of a loop wait more than they work, and a reservation would only keep them
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -77,6 +78,15 @@ def find(name: str) -> ActorHandle:
         ValueError: there is none.
     """
     return ray.get_actor(name, namespace=NAMESPACE)
+
+
+def present(names: Iterable[str]) -> dict[str, ActorHandle]:
+    """Those actors of these names that there are."""
+    found: dict[str, ActorHandle] = {}
+    for name in names:
+        with contextlib.suppress(ValueError):
+            found[name] = find(name)
+    return found
 
 
 def end(handles: Mapping[str, ActorHandle]) -> None:

@@ -13,6 +13,7 @@ COUNTERS = {
     "esrl_event_settled_total": ("Events settled, by topic and ledger bucket.", ("topic", "bucket")),
     "esrl_event_refused_total": ("Records refused, by topic and code of the reason.", ("topic", "code")),
     "esrl_step_closed_total": ("Steps closed by the join.", ("worker",)),
+    "esrl_step_label_delay_total": ("Steps closed, by seconds from decision to close (a class such as <=10).", ("seconds",)),
     "esrl_log_commits_total": ("Commits to the step log.", ("worker",)),
     "esrl_learner_gradient_steps_total": ("Gradient steps.", ()),
     "esrl_learner_samples_total": ("Transitions sampled.", ()),
@@ -22,10 +23,11 @@ COUNTERS = {
 }
 GAUGES = {
     "esrl_log_commit_seconds": ("Time of the last commit.", ("worker",)),
+    "esrl_log_last_commit_seconds": ("Clock minus time of the last commit; a worker without events does not commit.", ("worker",)),
     "esrl_log_tidy_seconds": ("Time of the last care of the table: merging, checkpoint, clean-up.", ("worker",)),
     "esrl_kafka_lag_events": ("End offset minus position.", ("topic", "partition")),
     "esrl_watermark_behind_seconds": ("Clock minus watermark.", ("partition",)),
-    "esrl_session_open_count": ("Open sessions.", ("worker",)),
+    "esrl_session_open_count": ("Open sessions.", ("partition",)),
     "esrl_replay_size_steps": ("Steps in the buffer.", ("shard",)),
     "esrl_policy_served_version": ("Version that a replica serves.", ("replica",)),
     "esrl_learner_critic_loss": ("Mean critic loss of the last call.", ()),

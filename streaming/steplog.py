@@ -42,12 +42,14 @@ from streaming.stepreader import (
     COMMITTED_MS,
     INCARNATION,
     MERGED_BYTES,
+    NEWEST,
     POSITIONS,
     REWARD,
     CommitInfo,
     commit_history,
     committed,
     last_commits,
+    last_state,
     list_workers,
     made_commits,
     read_commits,
@@ -64,6 +66,7 @@ __all__ = [
     "WorkerState",
     "commit_history",
     "last_commits",
+    "last_state",
     "list_workers",
     "read_commits",
     "read_newest",
@@ -75,7 +78,6 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-NEWEST = 20  # entries of the table's history that a restart looks at
 DAY_MS = 24 * 3600 * 1000
 _STOP_ONE = "another worker of this name is running: stop one"
 _FILE_PROPERTIES = WriterProperties(

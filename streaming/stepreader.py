@@ -17,7 +17,7 @@ from pyarrow import fs
 from esrl_ray.errors import LogError
 from esrl_ray.vocabulary import Bools
 from streaming.logfiles import LogFile, list_files, read_files
-from streaming.statefiles import open_store
+from streaming.statefiles import STATE_FOLDER, StateFiles, WorkerState, open_store
 from streaming.steptable import merge_steps, step_schema
 
 _T = TypeVar("_T")
@@ -26,6 +26,7 @@ MERGED_BYTES = 32 * 2**20  # of the files that small ones are merged into: half 
 FILES_AT_ONCE, BYTES_AT_ONCE = 16, MERGED_BYTES  # of `read_newest`: a file is one commit, or many small ones
 INCARNATION, COMMITTED_MS, COMMIT, POSITIONS = "esrl.incarnation", "esrl.committed_ms", "esrl.commit", "esrl.positions"
 REWARD = "esrl.reward"
+NEWEST = 20  # entries of the table's history that hold its last commit, whatever its care added since
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,19 @@ def last_commits(root: str | Path, workers: Iterable[str]) -> dict[str, int]:
     """{worker: its last commit} of those that have one."""
     last = {worker: committed(DeltaTable(table_place(root, worker)), worker) for worker in workers}
     return {worker: n for worker, n in last.items() if n >= 0}
+
+
+def last_state(root: str | Path, worker: str) -> WorkerState | None:
+    """State of a worker's last commit, read without owning the table; None before the first.
+
+    Raises:
+        LogError: it is damaged.
+    """
+    where = table_place(root, worker)
+    table = DeltaTable(where)
+    if (n := committed(table, worker)) < 0:
+        return None
+    return StateFiles(f"{where}/{STATE_FOLDER}").read(n, made_commits(table, NEWEST).get(n, {}).get(INCARNATION))
 
 
 def commit_history(root: str | Path, worker: str, newest: int | None = None) -> list[CommitInfo]:

@@ -24,6 +24,7 @@ from esrl_ray.errors import StreamError, WireError
 from esrl_ray.reward import digest_of
 from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
+from streaming.health import label_delays
 from streaming.protocols import Log, Publish, RecordSource, RefusedRecords
 from streaming.recompute import other_rewards
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
@@ -105,6 +106,7 @@ class IngestWorker:
         self._source.read_again({f"{config.kafka.decisions_topic}/{p}": min(offsets) for p, offsets in self._lacking.items()})
         self._last_ledger = self._ledger()
         self._refusals: dict[Topic, Counter[Refusal]] = {DECISIONS: Counter(), FEEDBACK: Counter()}
+        self._label_delays: Counter[str] = Counter()
         self._commit_s = self._tidy_s = 0.0
         self._due_ms = clock_ms() + self._interval_ms
         self._error: str | None = None
@@ -119,8 +121,9 @@ class IngestWorker:
 
         Returns:
             ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`), watermarks_ms (by
-            partition), open_sessions, steps_closed (since the first ever), refusals ({topic: {code: records}}, by this process), commit,
-            committed_ms, commit_s (time of the last commit), tidy_s (of the last care of the table), error.
+            partition), open_sessions (by partition), steps_closed (since the first ever), refusals ({topic: {code: records}}) and
+            label_delays ({class: steps}) by this process, commit, committed_ms, commit_s (time of the last commit), tidy_s (of the last
+            care of the table), error.
         """
         return self._status
 
@@ -328,6 +331,7 @@ class IngestWorker:
         )
         self._log.commit(state, table)
         self._commit, self._last_ledger, self._committed_ms = n, ledger, self._clock_ms()
+        self._label_delays.update(label_delays(table))
         self._commit_s = (self._committed_ms - start_ms) / 1000
         self._take_status()
         table = table.set_column(0, "commit", pa.array(np.full(len(table), n, np.int64)))
@@ -368,7 +372,8 @@ class IngestWorker:
             "positions": self._source.positions(),
             "lag": {f"{topic}/{partition}": events for (topic, partition), events in self._source.lag().items()},
             "watermarks_ms": {p: joiner.watermark_ms for p, joiner in self._joiners.items()},
-            "open_sessions": sum(joiner.num_open_sessions for joiner in self._joiners.values()),
+            "open_sessions": {p: joiner.num_open_sessions for p, joiner in self._joiners.items()},
+            "label_delays": dict(self._label_delays),
             "steps_closed": sum(joiner.num_closed for joiner in self._joiners.values()),
             "refusals": {topic: {code.value: n for code, n in refused.items()} for topic, refused in self._refusals.items()},
             "commit": self._commit,

@@ -59,10 +59,5 @@ def _refill(config: Config, address: str) -> None:
     if not actors.connect(address):
         click.echo("no Ray cluster runs here: there is no replay to refill")
         return
-    for i in range(config.replay.num_shards):
-        try:
-            shard = actors.find(f"replay-{i}")
-        except ValueError:
-            click.echo(f"replay-{i}: does not run")
-            continue
-        click.echo(f"replay-{i}: refilled from the log, {actors.insist(shard.refill.remote, timeout_s=600.0):,} steps")
+    for name, shard in actors.present(f"replay-{i}" for i in range(config.replay.num_shards)).items():
+        click.echo(f"{name}: refilled from the log, {actors.insist(shard.refill.remote, timeout_s=600.0):,} steps")

@@ -20,6 +20,7 @@ COMMANDS = {
     "log": "log:log_group",
     "policy": "policy:policy_group",
     "simulate": "simulate:simulate",
+    "status": "status:status",
     "train": "train:train",
 }
 """Name -> module below `esrl_ray.cli` and its command. Imported when it is called: Ray takes seconds, and reads its environment then."""

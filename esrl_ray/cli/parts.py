@@ -175,7 +175,11 @@ class IngestMeter:
             self._telemetry.gauge("esrl_kafka_lag_events", lag, topic=topic, partition=partition)
         for partition, watermark_ms in status["watermarks_ms"].items():
             self._telemetry.gauge("esrl_watermark_behind_seconds", (now_ms - watermark_ms) / 1e3, partition=str(partition))
-        self._telemetry.gauge("esrl_session_open_count", status["open_sessions"], worker=self._worker)
+        for partition, sessions in status["open_sessions"].items():
+            self._telemetry.gauge("esrl_session_open_count", sessions, partition=str(partition))
+        for delay, total in status["label_delays"].items():
+            self._count("esrl_step_label_delay_total", total, known=0, seconds=delay)
+        self._telemetry.gauge("esrl_log_last_commit_seconds", (now_ms - status["committed_ms"]) / 1e3, worker=self._worker)
 
 
 def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import subprocess
@@ -208,10 +209,22 @@ def test_serve_deploy_ingest_and_job_submit_make_one_loop(cluster: Cluster, brok
     job_log = cluster.run("ray", "job", "logs", "--address", cluster.dashboard, "learn")
     assert len(versions) >= 3, f"only versions {versions} served\ningest: {ingest_log.read_text()[-2000:]}\njob: {job_log.stdout[-3000:]}"
 
+    asked = cluster.run("esrl", "status", "--config", "configs/online.yaml", *sets(values), "--json")
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    status = json.loads(asked.stdout)
+    assert status["workers"]["ingest-0"]["source"] == "live" and set(status["workers"]["ingest-0"]["lag"]) == {
+        f"{topic}/{p}" for topic in (config.kafka.decisions_topic, config.kafka.feedback_topic) for p in range(2)
+    }
+    assert sum(status["join"]["label_delay_s"].values()) > 40 and status["shards"]["replay-0"]["size"] > 40
+    forgotten = cluster.run("esrl", "log", "forget", "--user-id", "u1", "--config", "configs/online.yaml", *sets(values))
+    assert "steps" in forgotten.stdout and "replay-0: refilled from the log" in forgotten.stdout, forgotten.stdout + forgotten.stderr
+
     stopped = cluster.run("ray", "job", "stop", "--address", cluster.dashboard, "learn")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     ingest.terminate()
     assert ingest.wait(90) == 0, ingest_log.read_text()[-3000:]
     assert "stopped after the last commit" in ingest_log.read_text()
+    left = json.loads(cluster.run("esrl", "status", "--config", "configs/online.yaml", *sets(values), "--json").stdout)
+    assert left["workers"]["ingest-0"]["source"] == "from the log" and left["workers"]["ingest-0"]["commit"] > 0
     shown = cluster.run("esrl", "log", "show", "--config", "configs/online.yaml", *sets(values))
     assert shown.returncode == 0 and "ingest-0" in shown.stdout, shown.stdout + shown.stderr

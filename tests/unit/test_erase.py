@@ -134,7 +134,7 @@ def test_the_command_counts_erases_and_names_policies(deployment: Config, monkey
     shard = ReplayShard(deployment, 0, partial(read_commits, deployment.log_root), lambda: NOW_MS, ["ingest-0", "ingest-1"])
     handle = SimpleNamespace(refill=SimpleNamespace(remote=shard.refill))
     monkeypatch.setattr(actors, "connect", lambda address: True)
-    monkeypatch.setattr(actors, "find", lambda name: handle)
+    monkeypatch.setattr(actors, "present", lambda names: dict.fromkeys(names, handle))
     monkeypatch.setattr(actors, "insist", lambda call, **_: call())
     counted = forget(deployment, "--dry-run").output
     assert "ingest-0: 2 rows of 2 steps in commits 1 to 1 found\ningest-1: 0 rows of 0 steps found" in counted

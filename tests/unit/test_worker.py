@@ -221,7 +221,7 @@ def test_drain_reads_everything_commits_it_and_closes_what_is_open() -> None:
     ends = {row["session_id"]: row["ended"] for row in steps if row["next_id"] is None}
     assert ends == {f"s{s}": "terminated" if s % 2 else "truncated" for s in range(6)}
     status = worker.status()
-    assert status["positions"] == world.ends and status["open_sessions"] == 0 and status["error"] is None
+    assert status["positions"] == world.ends and status["open_sessions"] == {0: 0, 1: 0} and status["error"] is None
     assert {k: v for k, v in status["ledger"]["decisions"].items() if v} == {"joined": 24}
     assert {k: v for k, v in status["ledger"]["feedback"].items() if v} == {"joined": 51, "duplicate": 24}
     assert set(status["lag"].values()) == {0} and status["commit"] == len(world.commits) - 1
