@@ -174,7 +174,10 @@ class LogConfig(Section):
         None, description="Folder or URI (`s3://bucket/path`) of the step logs; none: `log` in run.dir. Credentials: the store's variables."
     )
     tidy_every: Positive = Field(100, description="Commits between two rounds of care: merge small files, checkpoint, clean up.")
-    keep_hours: int = Field(6, ge=0, description="Files that were merged, and entries of the table's history, stay this long for readers.")
+    keep_hours: int = Field(6, ge=0, description="Files that were merged stay this long for readers.")
+    history_minutes: int = Field(
+        10, ge=0, description="`esrl log show` lists commits this far back, and a little more; each entry slows commits and restarts."
+    )
     retention_days: Positive | None = Field(
         None, description="Whole days of commits older than this are dropped; null keeps all. Replay refills from what is kept."
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import dataset, fs, parquet
@@ -29,6 +30,9 @@ from streaming.steptable import step_schema
 DATE = "date"
 """Partition column: UTC date of the commit. Not of the event: commits in order then stand in one partition after the other, what is dropped
 is a prefix of the log, and an import of old events is not old. Readers find a step's amendments in later partitions by its step_id."""
+
+ROW_GROUP = 4096
+"""Rows that are read together of a merged file."""
 
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 """Delta's own housekeeping after a commit is off: the owner does it when there is time."""
@@ -58,12 +62,13 @@ def list_files(table: DeltaTable) -> list[LogFile]:
     return sorted((LogFile(*fields) for fields in zip(*columns, strict=True)), key=lambda file: (file.low, file.high))
 
 
-def read_files(store: fs.FileSystem, folder: str, paths: Sequence[str]) -> pa.Table:
-    """Rows of files, in order of commits."""
+def read_files(store: fs.FileSystem, folder: str, paths: Sequence[str], *, after: int = -1) -> pa.Table:
+    """Rows of files, in order of commits; only of commits above a number."""
     if not paths:
         return step_schema().empty_table()
     full = [f"{folder}/{path}" for path in paths]
-    rows = dataset.dataset(full, schema=step_schema(), format="parquet", filesystem=store).to_table()
+    wanted = pc.field("commit") > after if after >= 0 else None  # spares row groups: a gap needs some commits of a large file
+    rows = dataset.dataset(full, schema=step_schema(), format="parquet", filesystem=store).to_table(filter=wanted)
     commits = rows["commit"].to_numpy()
     return rows if (np.diff(commits) >= 0).all() else rows.take(pa.array(np.argsort(commits, kind="stable")))
 
@@ -126,7 +131,8 @@ def rewrite_mark(table: DeltaTable, worker: str) -> Transaction:
 
 def _write_file(store: fs.FileSystem, folder: str, date: str, rows: pa.Table, *, now_ms: int, rows_change: bool) -> AddAction:
     path, sink = f"{DATE}={date}/part-{uuid.uuid4()}.zstd.parquet", pa.BufferOutputStream()
-    parquet.write_table(rows, sink, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=["commit"])
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": ["commit"]}
+    parquet.write_table(rows, sink, row_group_size=ROW_GROUP, **options)
     content = sink.getvalue()
     write_durably(store, f"{folder}/{path}", content)
     commits = rows["commit"].to_numpy()
@@ -148,4 +154,13 @@ def runs_to_merge(files: Sequence[LogFile], max_bytes: int) -> list[list[LogFile
         elif run:
             runs.append(run)
             run = []
-    return [run for run in [*runs, run] if len(run) > 1]
+    return [run for run in map(_tail, [*runs, run]) if len(run) > 1]
+
+
+def _tail(run: list[LogFile]) -> list[LogFile]:
+    """Without leading files that are larger than what follows them, so that a row is written again only when its file doubles."""
+    first, after = 0, sum(file.num_bytes for file in run[1:])
+    while first < len(run) and run[first].num_bytes > after:
+        first += 1
+        after -= sum(file.num_bytes for file in run[first : first + 1])
+    return run[first:]

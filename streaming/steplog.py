@@ -78,6 +78,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
+VACUUM_EVERY = 10  # rounds of care: it lists all files
 DAY_MS = 24 * 3600 * 1000
 _STOP_ONE = "another worker of this name is running: stop one"
 _FILE_PROPERTIES = WriterProperties(
@@ -103,8 +104,11 @@ class StepLog:
         self._where = table_place(root, worker)
         self._worker, self._incarnation, self._spec = worker, incarnation, spec
         self._care = care or LogConfig()
-        kept = f"interval {self._care.keep_hours} hours"
-        wanted = {"delta.dataSkippingNumIndexedCols": "1", "delta.logRetentionDuration": kept, "delta.deletedFileRetentionDuration": kept}
+        wanted = {
+            "delta.dataSkippingNumIndexedCols": "1",
+            "delta.logRetentionDuration": f"interval {self._care.history_minutes} minutes",
+            "delta.deletedFileRetentionDuration": f"interval {self._care.keep_hours} hours",
+        }
         try:
             self._states = StateFiles(f"{self._where}/{STATE_FOLDER}")
             if not DeltaTable.is_deltatable(self._where):
@@ -281,8 +285,9 @@ class StepLog:
                     break
                 merged = read_files(store, folder, [file.path for file in run])
                 rewrite(self._table, self._where, self._worker, [(run, merged)], now_ms=start_ms, rows_change=False)
-            hours = self._care.keep_hours
-            self._table.vacuum(hours, dry_run=False, enforce_retention_duration=False, post_commithook_properties=NO_HOOKS, full=True)
+            if n % (VACUUM_EVERY * self._care.tidy_every) == self._care.tidy_every - 1:
+                hours = self._care.keep_hours
+                self._table.vacuum(hours, dry_run=False, enforce_retention_duration=False, post_commithook_properties=NO_HOOKS, full=True)
             self._table.create_checkpoint()
             self._table.cleanup_metadata()
             self._table = DeltaTable(self._where)

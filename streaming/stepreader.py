@@ -101,9 +101,8 @@ class _Reader:
 
     def rows(self, groups: Iterable[_Group], *, after: int = -1, until: int | None = None) -> pa.Table:
         """Rows of the files, in order of commits."""
-        rows = read_files(self._store, self._path, [file.path for group in groups for file in group.files])
-        commits = rows["commit"].to_numpy()
-        wanted = (commits > after) & (commits <= (self.last if until is None else until))
+        rows = read_files(self._store, self._path, [file.path for group in groups for file in group.files], after=after)
+        wanted = rows["commit"].to_numpy() <= (self.last if until is None else until)
         return rows if wanted.all() else rows.filter(pa.array(wanted))
 
 
@@ -229,7 +228,7 @@ def last_state(root: str | Path, worker: str) -> WorkerState | None:
 
 
 def commit_history(root: str | Path, worker: str, newest: int | None = None) -> list[CommitInfo]:
-    """Commits of one worker, oldest first, as far as the table's own history goes back (`log.keep_hours`), or the newest entries of it."""
+    """Commits of one worker, oldest first, as far as the table's history goes back (`log.history_minutes`), or its newest entries."""
     infos = []
     for n, info in sorted(made_commits(DeltaTable(table_place(root, worker)), newest).items()):
         rows = int(info.get("operationMetrics", {}).get("num_added_rows", 0))

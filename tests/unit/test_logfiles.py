@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
+from pyarrow import parquet
 
 from esrl_ray.config import LogConfig
 from esrl_ray.errors import LogError
@@ -116,6 +117,17 @@ def test_what_nobody_needs_any_more_is_removed(tmp_path: Path) -> None:
     assert len(list((tmp_path / "w" / STATE_FOLDER).iterdir())) == 3 and log_of(tmp_path, "two").restore() is not None
 
 
+def test_a_gap_is_read_from_a_large_file_without_the_rest_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logfiles, "ROW_GROUP", 4)
+    log = log_of(tmp_path)
+    for n in range(10):
+        commit(log, n)
+    tidy(log)
+    (merged,) = files_of(tmp_path)
+    assert parquet.ParquetFile(tmp_path / "w" / merged.path).metadata.num_row_groups == 4
+    assert [(n, len(rows)) for n, rows in read_commits(tmp_path, "w", 6)] == [(7, 0), (8, 2), (9, 2)]
+
+
 def test_a_reader_whose_files_were_removed_meanwhile_goes_on_with_the_merged_ones(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     for n in range(9):
@@ -217,6 +229,9 @@ def test_neighbours_of_one_day_are_merged_up_to_a_size() -> None:
     files = [file(0, 60), file(1, 20), file(2, 30), file(3, 40), file(4, 20), file(5, 10, "e"), file(6, 10, "e"), file(7, 10, "f")]
     assert [[f.low for f in run] for run in runs_to_merge(files, 100)] == [[1, 2, 3], [5, 6]]
     assert runs_to_merge([], 100) == []
+    halves = [file(n, size) for n, size in enumerate([40, 8, 3, 1, 1])]  # a row is written again only when its file doubles
+    assert [[f.low for f in run] for run in runs_to_merge(halves, 100)] == [[3, 4]]
+    assert runs_to_merge([*halves, file(5, 2)], 100) == [[*halves[2:], file(5, 2)]]
 
 
 def test_a_table_without_dates_is_refused(tmp_path: Path) -> None:
@@ -228,5 +243,5 @@ def test_a_table_without_dates_is_refused(tmp_path: Path) -> None:
 def test_other_settings_are_taken_over(tmp_path: Path) -> None:
     commit(log_of(tmp_path), 0)
     log_of(tmp_path, "two", keep_hours=48)
-    assert DeltaTable(tmp_path / "w").metadata().configuration["delta.logRetentionDuration"] == "interval 48 hours"
+    assert DeltaTable(tmp_path / "w").metadata().configuration["delta.deletedFileRetentionDuration"] == "interval 48 hours"
     assert steplog.NEWEST > 4, "entries that the care itself makes do not hide the last commit from a restart"
