@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,7 +64,7 @@ def numpy_calls(columns: Columns, sizes: Sequence[int]) -> dict[int, Callable[[]
         drawn, following = rng.integers(0, count, size), rng.integers(0, count, size)
         return [column[drawn] for column in now.values()], [now[name][following] for name in NEXT]
 
-    return {size: lambda size=size: draw(size) for size in sizes}  # type: ignore[misc]
+    return {size: partial(draw, size) for size in sizes}
 
 
 def episode_buffer(columns: Columns, session_length: int) -> EpisodeReplayBuffer:
@@ -111,12 +112,12 @@ def torchrl_calls(columns: Columns, sizes: Sequence[int], folder: Path) -> dict[
         "TorchRL, LazyTensorStorage": LazyTensorStorage(count),
         "TorchRL, LazyMemmapStorage": LazyMemmapStorage(count, scratch_dir=str(folder)),
     }
-    calls = {}
+    calls: dict[str, dict[int, Callable[[], object]]] = {}
     for name, storage in storages.items():
         buffer = TensorDictReplayBuffer(storage=storage)
         buffer.extend(data)
-        calls[name] = {size: lambda buffer=buffer, size=size: buffer.sample(size) for size in sizes}
-    return calls  # type: ignore[return-value]
+        calls[name] = {size: partial(buffer.sample, size) for size in sizes}
+    return calls
 
 
 def sampling(
@@ -136,22 +137,20 @@ def sampling(
     ours, ahead = filled(plain, tables), filled(config, tables)
     columns, notes = transitions(ours, ours.size), []
     calls: dict[str, dict[int, Callable[[], object]]] = {
-        OURS: {size: lambda size=size: ours.sample(size) for size in batches},  # type: ignore[misc]
-        AHEAD: {size: lambda size=size: ahead.sample(size) for size in batches},  # type: ignore[misc]
+        OURS: {size: partial(ours.sample, size) for size in batches},
+        AHEAD: {size: partial(ahead.sample, size) for size in batches},
         "bare numpy": numpy_calls(columns, batches),
     }
     with ExitStack() as stack:
         if peers:
             episodes, single = episode_buffer(columns, session_length), sample_batch_buffer(columns)
             calls["RLlib EpisodeReplayBuffer, episodes"] = {
-                size: lambda size=size: episodes.sample(num_items=size, n_step=1, sample_episodes=True)  # type: ignore[misc]
-                for size in batches
+                size: partial(episodes.sample, num_items=size, n_step=1, sample_episodes=True) for size in batches
             }
             calls["RLlib EpisodeReplayBuffer, batch"] = {
-                size: lambda size=size: episodes.sample(batch_size_B=size, batch_length_T=2)  # type: ignore[misc]
-                for size in batches
+                size: partial(episodes.sample, batch_size_B=size, batch_length_T=2) for size in batches
             }
-            calls["RLlib ReplayBuffer (old stack)"] = {size: lambda size=size: single.sample(size) for size in batches}  # type: ignore[misc]
+            calls["RLlib ReplayBuffer (old stack)"] = {size: partial(single.sample, size) for size in batches}
             try:
                 calls |= torchrl_calls(columns, batches, Path(stack.enter_context(TemporaryDirectory(prefix="esrl-speed-"))))
             except ImportError as error:

@@ -50,7 +50,7 @@ def make_policies(config: Config, folder: Path) -> dict[str, Policy]:
     missing = [stage for stage in STAGES if not (folder / f"stage-{stage}").exists()]
     if missing:
         for steps, policy in learn_online(create_method("enhancedrl", config, seed=0), config, seed=LEARN_SEED, num_steps=max(STAGES)):
-            stage = min(STAGES, key=lambda s, n=steps: abs(s - n))  # type: ignore[misc]
+            _, stage = min((abs(stage - steps), stage) for stage in STAGES)
             if abs(stage - steps) < 300 and stage in missing:
                 policy.save(folder / f"stage-{stage}")
                 missing.remove(stage)

@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +103,7 @@ def main() -> None:
         log = StepLog(root, "w", "one", config.spec.build(), LogConfig(tidy_every=count))
         for first in range(0, count, max(1, count // 4)):
             until = min(count, first + max(1, count // 4))
-            timed(f"commits {first}..{until - 1}, per commit", lambda a=first, b=until: commit_all(log, a, b), until - first)  # type: ignore[misc]
+            timed(f"commits {first}..{until - 1}, per commit", partial(commit_all, log, first, until), until - first)
         timed("open and restore", lambda: StepLog(root, "w", "two", config.spec.build()).restore(), 1)
         timed("read all commits, per step", lambda: [len(r) for _, r in read_commits(root, "w")], num_steps)
         timed("read the last commit", lambda: [len(r) for _, r in read_commits(root, "w", count - 2)], 1)

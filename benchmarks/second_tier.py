@@ -70,9 +70,11 @@ def main() -> None:
             for name, candidate in judged.items():
                 started, verdicts = time.process_time(), []
                 for seed, steps in enumerate(logs):
-                    options = {"rule": Rule(held_out_share=1.0), "settings": Settings(num_updates=updates)}
+                    rule, settings = Rule(held_out_share=1.0), Settings(num_updates=updates)
                     n = config.simulation.num_candidates
-                    verdicts.append(judge_second_tier(candidate, control, steps, config, num_candidates=n, seed=seed, **options))  # type: ignore[arg-type]
+                    verdicts.append(
+                        judge_second_tier(candidate, control, steps, config, num_candidates=n, seed=seed, rule=rule, settings=settings)
+                    )
                 seconds = (time.process_time() - started) / len(logs)
                 counts = Counter(verdict.outcome for verdict in verdicts)
                 told = ", ".join("-" if v.difference is None else f"{v.difference:+.1f} [{v.low:+.1f}, {v.high:+.1f}]" for v in verdicts)

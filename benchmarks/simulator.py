@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -39,8 +40,8 @@ def main() -> None:
         sessions = world.start(np.arange(n), np.arange(n) % world.num_users)
         page = world.candidates(sessions)
         shown = page.items[:, : config.serve.list_size]
-        ask = best_us(lambda sessions=sessions: world.candidates(sessions), turns) / n  # type: ignore[misc]
-        answer = best_us(lambda sessions=sessions, shown=shown: world.respond(sessions, shown), turns) / n  # type: ignore[misc]
+        ask = best_us(partial(world.candidates, sessions), turns) / n
+        answer = best_us(partial(world.respond, sessions, shown), turns) / n
         print(f"{n:5} sessions: candidates {ask:7.1f} us, responses {answer:7.1f} us each: {1e6 / (ask + answer):9,.0f} requests/s")
 
 

@@ -54,7 +54,7 @@ def batched(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 def by_parts(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
     """The same by hand, a few members at a time; at least two layers, cannot be differentiated twice."""
-    values: torch.Tensor = _ByParts.apply(torch.is_grad_enabled(), x, *weights, *biases)  # type: ignore[no-untyped-call]
+    values: torch.Tensor = _ByParts.apply(torch.is_grad_enabled(), x, *weights, *biases)  # type: ignore[no-untyped-call]  # torch does not type it
     return values
 
 

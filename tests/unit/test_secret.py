@@ -13,7 +13,7 @@ from esrl_ray.exploration import arm_of
 from esrl_ray.secret import PSEUDONYM_DIGITS, TAG_DIGITS, is_signed, pseudonym, signed
 from tests.unit.test_replica import BODY, deployment, replica_of, store_of
 from tests.unit.test_sessions import decision, feedback
-from tests.unit.test_worker import CONFIG, World
+from tests.unit.worker_world import CONFIG, World
 
 NEW, OLD, OTHER = (SecretStr(letter * 16) for letter in "abc")
 

@@ -22,7 +22,7 @@ from streaming.sessions import SessionJoiner
 from streaming.steplog import StepLog, WorkerState, rows_to_table
 from tests.unit.test_log_command import first, later
 from tests.unit.test_sessions import REWARD, SPEC, T0, decision, feedback
-from tests.unit.test_worker import World
+from tests.unit.worker_world import World
 
 YAML = "spec: {item_features: [age]}\nkafka: {num_partitions: 2, bootstrap_servers: '127.0.0.1:1'}\n"
 

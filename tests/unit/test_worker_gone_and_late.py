@@ -11,7 +11,7 @@ from esrl_ray.errors import BrokerError, StreamError
 from streaming.source import partition_of
 from streaming.wire import encode
 from tests.unit.test_sessions import decision, feedback
-from tests.unit.test_worker import CONFIG, PARTITIONS, CrashError, World, visits
+from tests.unit.worker_world import CONFIG, PARTITIONS, CrashError, World, visits
 
 
 def with_an_open_list() -> World:
