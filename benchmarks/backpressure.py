@@ -33,7 +33,12 @@ PAIRS, FEEDBACK_PER_DECISION, TICK_S = 15, 8, 0.05
 
 
 class StallingIngestPart(parts.IngestPart):
-    """An ingest worker whose log can be held up."""
+    """An ingest worker whose log can be held up, and that tells how many calls a replay shard has not answered."""
+
+    def num_waiting(self) -> int:
+        """Of calls to its shard."""
+        publisher: Any = self._worker._publish[0]
+        return len(publisher._waiting)
 
     def stall_log(self, seconds: float) -> None:
         """The next commit takes this much longer."""
