@@ -120,10 +120,10 @@ class IngestWorker:
         """How the worker stands, as of its last poll or commit; may be called from another thread.
 
         Returns:
-            ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`), watermarks_ms (by
-            partition), open_sessions (by partition), steps_closed (since the first ever), refusals ({topic: {code: records}}) and
-            label_delays ({class: steps}) by this process, commit, committed_ms, commit_s (time of the last commit), tidy_s (of the last
-            care of the table), error.
+            ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`; records that no commit
+            has), looked_ms (clock of the lag; it grows old while a commit hangs), watermarks_ms (by partition), open_sessions (by
+            partition), steps_closed (since the first ever), refusals ({topic: {code: records}}) and label_delays ({class: steps}) by this
+            process, commit, committed_ms, commit_s (time of the last commit), tidy_s (of the last care of the table), error.
         """
         return self._status
 
@@ -308,6 +308,7 @@ class IngestWorker:
     def _make_commit(self, rows: Sequence[StepRow]) -> None:
         start_ms = self._clock_ms()
         self._due_ms = start_ms + self._interval_ms
+        self._status = {**self._status, **self._lag(self._status["positions"])}  # the commit may hang, or fail with the process
         ledger = self._ledger()
         if not rows and ledger == self._last_ledger:  # every event read changes the ledger
             self._take_status()
@@ -365,12 +366,19 @@ class IngestWorker:
         topics: tuple[Topic, ...] = (DECISIONS, FEEDBACK)
         return {topic: {bucket.value: total[topic, bucket] for bucket in Bucket if bucket is not Bucket.NOT_YET_READ} for topic in topics}
 
+    def _lag(self, committed: Mapping[str, int]) -> dict[str, Any]:
+        """How far the committed positions are behind the end now, and the time."""
+        read, waiting = self._source.positions(), {f"{topic}/{p}": events for (topic, p), events in self._source.lag().items()}
+        lag = {where: events + read[where] - committed.get(where, read[where]) for where, events in waiting.items()}
+        return {"lag": lag, "looked_ms": self._clock_ms()}
+
     def _take_status(self) -> None:
         """One dict for other threads, replaced as a whole."""
+        positions = self._source.positions()
         self._status = {
             "ledger": self._last_ledger,
-            "positions": self._source.positions(),
-            "lag": {f"{topic}/{partition}": events for (topic, partition), events in self._source.lag().items()},
+            "positions": positions,
+            **self._lag(positions),
             "watermarks_ms": {p: joiner.watermark_ms for p, joiner in self._joiners.items()},
             "open_sessions": {p: joiner.num_open_sessions for p, joiner in self._joiners.items()},
             "label_delays": dict(self._label_delays),

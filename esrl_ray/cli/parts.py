@@ -173,6 +173,7 @@ class IngestMeter:
         for where, lag in status["lag"].items():
             topic, partition = where.rsplit("/", 1)
             self._telemetry.gauge("esrl_kafka_lag_events", lag, topic=topic, partition=partition)
+        self._telemetry.gauge("esrl_kafka_lag_age_seconds", (now_ms - status["looked_ms"]) / 1e3, worker=self._worker)
         for partition, watermark_ms in status["watermarks_ms"].items():
             self._telemetry.gauge("esrl_watermark_behind_seconds", (now_ms - watermark_ms) / 1e3, partition=str(partition))
         for partition, sessions in status["open_sessions"].items():

@@ -26,6 +26,8 @@ from streaming.sessions import SessionJoiner
 from streaming.steplog import last_state, list_workers, read_newest
 
 NEWEST_STEPS = 2_000
+OLD_S = 30.0
+"""Numbers that a worker took longer ago say so."""
 LIVE, LOGGED, SILENT = "live", "from the log", "does not answer"
 
 Status = dict[str, Any]
@@ -173,7 +175,8 @@ def _workers(workers: Mapping[str, Status], now_ms: int) -> Table:
         took = [f"{worker[key]:.2f} s" if key in worker else "-" for key in ("commit_s", "tidy_s")]
         rate = "-" if worker["steps_per_s"] is None else f"{worker['steps_per_s']:,.1f}"
         ago = f"{(now_ms - at) / 1e3:,.0f} s" if at else "-"
-        state = worker.get("error") or worker["source"]
+        age_s = (now_ms - worker.get("looked_ms", now_ms)) / 1e3
+        state = worker.get("error") or worker["source"] + (f", {age_s:,.0f} s ago" if age_s > OLD_S else "")
         table.add_row(name, state, str(worker["commit"]), when, ago, *took, f"{worker['steps_closed']:,}", rate)
     return table
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from esrl_ray import actors
 from esrl_ray.cli import status as module
+from esrl_ray.cli.clock import clock_ms
 from esrl_ray.cli.parts import IngestMeter
 from esrl_ray.config import Config
 from esrl_ray.errors import BrokerError, ConfigError
@@ -125,8 +126,10 @@ def test_running_workers_are_asked_twice_for_their_rates(tmp_path: Path, monkeyp
     join = found["join"]
     assert (join["never_shown_share"], join["unmatched_feedback_share"], join["late_feedback_share"]) == (0.25, 0.1, 0.0)
     assert join["refusals"] == {"decisions malformed": 2} and found["shards"]["replay-0"]["size"] == 5
+    running.status["looked_ms"] = clock_ms() - 600_000
     text = of(tmp_path, *arguments)
     for part in (
+        "live, 60",
         "does not answer",
         "decisions 2, feedback 0",
         "unmatched feedback 10.0 %; never shown 25.0 %",
@@ -145,19 +148,21 @@ def test_label_delays_are_those_of_first_rows() -> None:
 
 def test_every_number_of_a_worker_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, list[dict[str, str]]] = {}
+    amounts: dict[str, float] = {}
 
     class Telemetry:
         def count(self, name: str, amount: float = 1.0, **tags: str) -> None:
             told.setdefault(name, []).append(tags)
+            amounts[name] = amount
 
         gauge = count
 
     monkeypatch.setattr("esrl_ray.cli.parts.Telemetry", Telemetry)
     running = Running()
-    IngestMeter("ingest-0").read(running.ask("status"), now_ms=T0)
+    IngestMeter("ingest-0").read(running.ask("status"), now_ms=T0 + 63_000)
     for name, tags in told.items():
         declared = (COUNTERS | GAUGES)[name][1]
         assert all(set(found) == set(declared) for found in tags), name
     wanted = {"esrl_kafka_lag_events", "esrl_watermark_behind_seconds", "esrl_session_open_count", "esrl_step_closed_total"}
     wanted |= {"esrl_event_refused_total", "esrl_log_last_commit_seconds", "esrl_event_settled_total", "esrl_step_label_delay_total"}
-    assert wanted <= set(told)
+    assert wanted <= set(told) and amounts["esrl_kafka_lag_age_seconds"] == 63.0

@@ -61,6 +61,28 @@ def test_commits_come_at_the_interval_and_none_when_nothing_changed() -> None:
     assert worker.status()["ledger"]["decisions"]["never_shown"] == 1
 
 
+def test_while_a_commit_hangs_the_status_has_the_lag_from_when_it_began() -> None:
+    world, seen = World(), []
+    visits(world)
+    committed, worker = world.commit, world.worker()
+
+    def hangs(state: WorkerState, table: pa.Table) -> None:
+        began_ms = world.now_ms
+        world.now_ms += 600_000
+        seen.append((worker.status(), began_ms))
+        committed(state, table)
+
+    world.commit = hangs  # type: ignore[method-assign]
+    assert worker.drain(world.ends, 10_000.0)
+    at = dict.fromkeys(world.ends, 0)
+    assert len(seen) > 1
+    for (status, began_ms), state in zip(seen, [state for state, _ in seen[1:]], strict=False):
+        assert status["lag"] == {where: end - at[where] for where, end in world.ends.items()} and sum(status["lag"].values()) > 0
+        assert status["looked_ms"] == began_ms
+        at = state["positions"]
+    assert set(worker.status()["lag"].values()) == {0} and worker.status()["looked_ms"] == world.now_ms
+
+
 def test_neither_topic_is_read_far_ahead_of_the_other() -> None:
     world = World()
     for i in range(100):
