@@ -17,6 +17,7 @@ from kafka.errors import KafkaError
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError, WireError
+from esrl_ray.vocabulary import Bucket
 from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX
 from streaming.client import abandon, connect, reachable
 from streaming.source import ATTEMPTS, Record
@@ -95,21 +96,25 @@ class DeadLetters:
         headers = [
             ("error", str(error).encode()[:MAX_REASON_BYTES]),
             ("code", error.code.encode()),
-            ("topic", record.topic.encode()),
-            ("partition", str(record.partition).encode()),
-            ("offset", str(record.offset).encode()),
-            ("timestamp", str(record.timestamp_ms).encode()),
-            ("content-type", record.content_type),
+            *_origin(record),
             *([] if record.key is None else [("key", record.key)]),
-            *([(ATTEMPTS, str(record.attempts).encode())] if record.attempts else []),
         ]
         self._waiting.append({"topic": record.topic + DEAD_LETTER_SUFFIX, "key": where.encode(), "value": record.value, "headers": headers})
         self._share.refused(f"{record.topic}[{record.partition}]@{record.offset}", error)
 
-    def late(self, topic: str, event: Event) -> None:
-        """Take one event that was counted late, in our own encoding and with the key of its session; it is in Kafka after `flush`."""
-        headers = [("content-type", MSGPACK), ("topic", topic.encode())]
-        self._waiting.append({"topic": topic + LATE_SUFFIX, "key": event.session_id.encode(), "value": encode(event), "headers": headers})
+    def late(self, topic: str, late: Record | Event) -> None:
+        """Take one event that was counted late, with the key of its session; it is in Kafka after `flush`.
+
+        Args:
+            topic: That it came from.
+            late: Its record, whose bytes are kept; or the event, when that is gone: in our own encoding, and where it stood is not said.
+        """
+        if isinstance(late, Record):
+            key, value, origin = late.key, late.value, _origin(late)
+        else:
+            key, value, origin = late.session_id.encode(), encode(late), [("topic", topic.encode()), ("content-type", MSGPACK)]
+        headers = [("code", Bucket.LATE.encode()), *origin]
+        self._waiting.append({"topic": topic + LATE_SUFFIX, "key": key, "value": value, "headers": headers})
 
     def flush(self) -> None:
         """Wait until Kafka has acknowledged every record taken; call it before the commit that skips them.
@@ -163,3 +168,15 @@ class DeadLetters:
             future.get(timeout=0.0)  # raises what went wrong
         self.sent += len(self._waiting)
         self._waiting.clear()
+
+
+def _origin(record: Record) -> list[tuple[str, bytes]]:
+    """Headers that say where a record stood and how to read it."""
+    return [
+        ("topic", record.topic.encode()),
+        ("partition", str(record.partition).encode()),
+        ("offset", str(record.offset).encode()),
+        ("timestamp", str(record.timestamp_ms).encode()),
+        ("content-type", record.content_type),
+        *([(ATTEMPTS, str(record.attempts).encode())] if record.attempts else []),
+    ]

@@ -151,14 +151,14 @@ class Rejects:
             StreamError: too many are refused.
         """
         if record.offset > self._last.get(record.topic, -1):
-            value = (record.value or b"")[:SAMPLE_BYTES]
-            sample = value.decode(errors="replace") if record.content_type == JSON else b64encode(value).decode()
+            sample = _sample((record.value or b"")[:SAMPLE_BYTES], record.content_type)
             self._take({"topic": record.topic, "row": record.offset, "code": str(error.code), "reason": str(error), "sample": sample})
         self._share.refused(f"{record.topic} row {record.offset}", error)
 
-    def late(self, topic: str, event: Event) -> None:
+    def late(self, topic: str, late: Record | Event) -> None:
         """Take one event that was counted late."""
-        self._take({"topic": topic, "code": "late", "reason": "late", "sample": b64encode(encode(event)).decode()})
+        value, content_type = (late.value or b"", late.content_type) if isinstance(late, Record) else (encode(late), MSGPACK)
+        self._take({"topic": topic, "code": "late", "reason": "late", "sample": _sample(value, content_type)})
 
     def flush(self) -> None:
         """Make them durable."""
@@ -190,6 +190,10 @@ class Rejects:
                 self._count(msgspec.json.decode(line))
                 whole += len(line)
         os.truncate(self._path, whole)
+
+
+def _sample(value: bytes, content_type: bytes) -> str:
+    return value.decode(errors="replace") if content_type == JSON else b64encode(value).decode()
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import or_
 
@@ -65,6 +65,10 @@ class OpenSessions:
         """Decisions and feedback that are in no other bucket than an open session."""
         unclosed = self.unclosed()
         return len(unclosed), sum(len(events) for events in self._waiting.values()) + sum(step.num_feedback for step in unclosed)
+
+    def waiting(self) -> Iterator[str]:
+        """Ids of feedback whose decision has not come."""
+        return chain.from_iterable(self._waiting.values())
 
     def unclosed(self) -> list[OpenStep]:
         """Steps whose label age is not reached."""

@@ -79,8 +79,8 @@ class RefusedRecords(Protocol):
     def send(self, record: Record, error: WireError) -> None:
         """Take one refused record."""
 
-    def late(self, topic: str, event: Event) -> None:
-        """Take one event that was counted late."""
+    def late(self, topic: str, late: Record | Event) -> None:
+        """Take one event that was counted late; without its record when that is gone."""
 
     def flush(self) -> None:
         """Wait until all of them are acknowledged."""

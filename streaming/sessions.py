@@ -17,7 +17,7 @@ The state holds no bulk. A joiner that goes on from one lacks that of the steps 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -186,6 +186,11 @@ class SessionJoiner:
         """What was counted late since the last call; nothing when `kafka.late_topics` is off."""
         late, self._late = self._late, []
         return late
+
+    def undecided(self) -> Iterator[str]:
+        """Ids of feedback that may yet be counted late: it is not applied, or waits for its decision."""
+        yield from (event.event_id for *_, event in self._pending if isinstance(event, Feedback))
+        yield from self._sessions.waiting()
 
     def snapshot(self, *, whole: bool = True) -> bytes:
         """What is needed to go on from here; the rows of `advance` so far count as delivered. Call it after `advance`, before `push`.

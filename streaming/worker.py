@@ -25,6 +25,7 @@ from esrl_ray.reward import digest_of
 from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
 from streaming.health import label_delays
+from streaming.late import LateEvents
 from streaming.protocols import Log, Publish, RecordSource, RefusedRecords
 from streaming.recompute import other_rewards
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
@@ -86,6 +87,7 @@ class IngestWorker:
         self._max_lead_ms = max(MIN_LEAD_MS, round(config.join.lateness_s * 1000))
         self._max_ahead_ms = round(config.join.max_ahead_s * 1000)
         self._interval_ms = round(config.ingest.commit_interval_s * 1000)
+        self._late = LateEvents(config.kafka)
         self._names: dict[Topic, str] = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
         state = log.restore()
         if state is not None and sorted(state.joiners) != self._partitions:
@@ -231,13 +233,15 @@ class IngestWorker:
         decisions: dict[int, list[tuple[int, DecodedDecision]]] = defaultdict(list)
         feedback: dict[int, list[tuple[int, Feedback]]] = defaultdict(list)
         now_ms, num_passed = self._clock_ms(), 0
-        latest_ms, decisions_topic = now_ms + self._max_ahead_ms, self._names[DECISIONS]
+        latest_ms, decisions_topic, keep = now_ms + self._max_ahead_ms, self._names[DECISIONS], self._late.wanted
         for record in records:
             try:
                 if record.topic == decisions_topic:
                     decoded = decode_decision(record.value, self._spec, record.content_type)
                     self._check(record, decoded.event, latest_ms)
                     decisions[record.partition].append((record.offset, decoded))
+                    if keep and decoded.event.event_time_ms < self._joiners[record.partition].watermark_ms:
+                        self._late.hold(record, decoded.event.decision_id)
                 else:
                     event = decode_feedback(record.value, record.content_type)
                     if event.behaviour not in self._behaviours:
@@ -245,6 +249,8 @@ class IngestWorker:
                         raise WireError(text, Refusal.UNDECLARED_BEHAVIOUR)
                     self._check(record, event, latest_ms)
                     feedback[record.partition].append((record.offset, event))
+                    if keep:
+                        self._late.hold(record, event.event_id)
                 num_passed += 1
             except WireError as error:
                 self._dead_letters.passed(num_passed)
@@ -315,9 +321,7 @@ class IngestWorker:
             return
         self._check_topic_ids()
         n, table = self._commit + 1, rows_to_table(rows)
-        for joiner in self._joiners.values():
-            for late in joiner.take_late():
-                self._dead_letters.late(self._names[DECISIONS if isinstance(late, Decision) else FEEDBACK], late)
+        self._late.hand_over(self._joiners, self._dead_letters)
         self._dead_letters.flush()
         base = self._log.base
         state = WorkerState(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
@@ -54,15 +55,22 @@ def test_late_events_stand_in_a_topic_of_their_own_like_any_event(kafka_config: 
     config = kafka_config.model_copy(update={"late_topics": True})
     ensure_topics(config)
     event = wire.Feedback(schema_version=1, event_id="e", decision_id="d", session_id="s", behaviour="leave", event_time_ms=1)
+    value = b'{"of":"another sender",' + msgspec.json.encode(event)[1:]
+    record = Record(config.feedback_topic, 3, 42, 7, b"s", value, wire.JSON)
     letters = DeadLetters(config)
-    letters.late(config.feedback_topic, event)
+    letters.late(config.feedback_topic, record)
+    letters.late(config.feedback_topic, event)  # its record is gone
     letters.flush()
     letters.close()
     reader = connect(KafkaConsumer, config, auto_offset_reset="earliest")
     topic = config.feedback_topic + LATE_SUFFIX
     reader.assign([TopicPartition(topic, p) for p in reader.partitions_for_topic(topic)])
-    ((found,),) = reader.poll(timeout_ms=10_000).values()
+    ((kept, encoded),) = reader.poll(timeout_ms=10_000).values()
     reader.close()
-    headers = dict(found.headers)
-    assert found.key == b"s" and found.partition == partition_of(b"s", 4) and headers["topic"] == config.feedback_topic.encode()
-    assert wire.decode_feedback(found.value, headers["content-type"]) == event
+    origin = {"code": b"late", "topic": config.feedback_topic.encode()}
+    place = {"partition": b"3", "offset": b"42", "timestamp": b"7", "content-type": wire.JSON}
+    assert (kept.value, dict(kept.headers)) == (value, origin | place)
+    assert dict(encoded.headers) == origin | {"content-type": wire.MSGPACK}
+    for found in (kept, encoded):
+        assert found.key == b"s" and found.partition == partition_of(b"s", 4)
+        assert wire.decode_feedback(found.value, dict(found.headers)["content-type"]) == event

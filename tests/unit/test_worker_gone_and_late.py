@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 
+import msgspec
 import pyarrow as pa
 import pytest
 
 from esrl_ray.errors import BrokerError, StreamError
 from streaming.source import partition_of
-from streaming.wire import encode
+from streaming.wire import JSON, encode
 from tests.unit.test_sessions import decision, feedback
 from tests.unit.worker_world import CONFIG, PARTITIONS, CrashError, World, visits
+
+WITH_LATE = CONFIG.model_copy(update={"kafka": CONFIG.kafka.model_copy(update={"late_topics": True})})
 
 
 def with_an_open_list() -> World:
@@ -79,8 +82,7 @@ def test_a_topic_that_lost_an_open_list_stops_the_worker(now: bytes | None, reas
 
 @pytest.mark.parametrize("crash_at", ["", "after flush", "before commit", "after commit"])
 def test_late_events_are_written_before_the_commit_that_counts_them(crash_at: str) -> None:
-    config = CONFIG.model_copy(update={"kafka": CONFIG.kafka.model_copy(update={"late_topics": True})})
-    world = World()
+    config, world = WITH_LATE, World()
     visits(world)
     world.write(decision("old", -500))
     late = [feedback(f"d{s}-0", "click", -500 - s, item="i0", session=f"s{s}") for s in range(6)]
@@ -93,10 +95,30 @@ def test_late_events_are_written_before_the_commit_that_counts_them(crash_at: st
             worker.drain(world.ends, 60.0)
         worker = world.worker(config=config)
     assert worker.drain(world.ends, 60.0)
-    told = {("feedback", event.event_id): event for event in late} | {("decisions", "old"): decision("old", -500).event}
-    assert world.late_events == told
+    topics = [record for records in world.topics.values() for record in records]
+    assert len(world.late_events) == len(late) + 1 and all(record in topics for record in world.late_events.values())
+    assert world.late_events.keys() == {("feedback", event.event_id) for event in late} | {("decisions", "old")}
     ledger = worker.status()["ledger"]
     assert (ledger["decisions"]["late"], ledger["feedback"]["late"]) == (1, 6)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_is_known_to_be_late_long_after_its_poll_keeps_its_bytes_until_a_restart(*, restarts: bool) -> None:
+    world = World()
+    world.write(decision("a", 0, session="s"))
+    world.write(feedback("a", "shown", 0.1, session="s"))
+    world.write(feedback("a", "click", 1, item="i0", session="s"))
+    late, partition = feedback("a", "click", 60, item="i0", session="s"), partition_of(b"s", PARTITIONS)
+    value = msgspec.json.encode({**msgspec.structs.asdict(late), "a_field_of": "the future"})
+    world.raw("feedback", value, partition=partition, key=b"s", content_type=JSON)
+    worker = world.worker(config=WITH_LATE)
+    while len(world.commits) < 2:
+        worker.run_once()
+    assert worker.status()["ledger"]["feedback"]["in_open_session"] == 1 and world.late_events == {}
+    worker = world.worker(config=WITH_LATE) if restarts else worker
+    assert worker.drain(world.ends, 200.0)
+    assert worker.status()["ledger"]["feedback"] | {"joined": 2, "late": 1} == worker.status()["ledger"]["feedback"]
+    assert world.late_events == {("feedback", late.event_id): late if restarts else world.topics["feedback", partition][-1]}
 
 
 def test_with_on_gap_skip_a_list_that_the_topic_lost_is_counted_and_leaves_no_link_to_it() -> None:

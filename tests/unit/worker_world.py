@@ -12,9 +12,9 @@ from esrl_ray.errors import WireError
 from streaming.source import Record, partition_of
 from streaming.steplog import WorkerState, step_schema
 from streaming.steptable import merge_steps
-from streaming.wire import MSGPACK, Decision, DecodedDecision, Event, Feedback, encode
+from streaming.wire import MSGPACK, Decision, DecodedDecision, Event, Feedback, decode_decision, decode_feedback, encode
 from streaming.worker import IngestWorker
-from tests.unit.test_sessions import REWARD, T0, decision, feedback
+from tests.unit.test_sessions import REWARD, SPEC, T0, decision, feedback
 
 PARTITIONS = 2
 CONFIG = Config(
@@ -24,6 +24,13 @@ CONFIG = Config(
     kafka=KafkaConfig(num_partitions=PARTITIONS),
     ingest=IngestConfig(commit_interval_s=2, max_poll_records=5),
 )
+
+
+def _id_of(late: Record | Event) -> str:
+    if isinstance(late, Record):
+        decision = late.topic == "decisions"
+        late = decode_decision(late.value, SPEC, late.content_type).event if decision else decode_feedback(late.value, late.content_type)
+    return late.decision_id if isinstance(late, Decision) else late.event_id
 
 
 class CrashError(RuntimeError):
@@ -41,7 +48,7 @@ class World:
         self.dead: dict[tuple[str, int, int], str] = {}
         self.topic_ids: dict[str, str] = {}
         self.skipped: dict[tuple[str, int], int] = {}
-        self.late_events: dict[tuple[str, str], Event] = {}
+        self.late_events: dict[tuple[str, str], Record | Event] = {}
         self.published: list[tuple[str, int, pa.Table, int]] = []
         self.crash_at = ""
         self.moments: list[str] = []
@@ -101,7 +108,7 @@ class World:
     # -- the dead letters
 
     refused: dict[tuple[str, int, int], str]
-    waiting_late: list[tuple[str, Event]]
+    waiting_late: list[tuple[str, Record | Event]]
     num_passed = 0
 
     def passed(self, num_records: int) -> None:
@@ -110,12 +117,12 @@ class World:
     def send(self, record: Record, error: WireError) -> None:
         self.refused[record.topic, record.partition, record.offset] = str(error)
 
-    def late(self, topic: str, event: Event) -> None:
-        self.waiting_late.append((topic, event))
+    def late(self, topic: str, late: Record | Event) -> None:
+        self.waiting_late.append((topic, late))
 
     def flush(self) -> None:
         self.dead |= self.refused
-        self.late_events |= {(topic, e.decision_id if isinstance(e, Decision) else e.event_id): e for topic, e in self.waiting_late}
+        self.late_events |= {(topic, _id_of(late)): late for topic, late in self.waiting_late}
         self.waiting_late.clear()
         self.moment("after flush")
 

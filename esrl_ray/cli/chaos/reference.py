@@ -124,7 +124,7 @@ class _Memory:
     def send(self, record: Record, error: WireError) -> None:
         self.refused.add((record.topic, record.partition, record.offset))
 
-    def late(self, topic: str, event: Event) -> None:
+    def late(self, topic: str, late: Record | Event) -> None:
         return None
 
     def flush(self) -> None:
