@@ -25,8 +25,9 @@ from esrl_ray.config import KafkaConfig
 from esrl_ray.replay.buffer import ReplayBuffer
 from streaming.client import connect
 from streaming.deadletter import DeadLetters
+from streaming.records import Record
 from streaming.sessions import SessionJoiner
-from streaming.source import Record, Source
+from streaming.source import Source
 from streaming.steplog import StepLog, read_commits
 from streaming.wire import Decision, Feedback
 from streaming.worker import IngestWorker, collect_less_often

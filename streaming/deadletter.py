@@ -20,7 +20,7 @@ from esrl_ray.errors import BrokerError, StreamError, WireError
 from esrl_ray.vocabulary import Bucket
 from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX
 from streaming.client import abandon, connect, reachable
-from streaming.source import ATTEMPTS, Record
+from streaming.records import ATTEMPTS, Record
 from streaming.wire import MAX_EVENT_BYTES, MSGPACK, Event, encode
 
 _logger = logging.getLogger(__name__)

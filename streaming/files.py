@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import InputDataError, WireError
 from streaming.deadletter import RefusedShare
-from streaming.source import Record
+from streaming.records import Record
 from streaming.wire import JSON, MSGPACK, Event, encode
 
 PARQUET, LINES = (".parquet",), (".jsonl", ".ndjson", ".json")

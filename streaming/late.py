@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from esrl_ray.config import KafkaConfig
 from streaming.protocols import RefusedRecords
+from streaming.records import Record
 from streaming.session_state import DECISIONS, FEEDBACK
 from streaming.sessions import SessionJoiner
-from streaming.source import Record
 from streaming.wire import Decision
 
 

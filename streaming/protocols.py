@@ -8,7 +8,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from esrl_ray.errors import WireError
-from streaming.source import Record
+from streaming.records import Record
 from streaming.steplog import WorkerState
 from streaming.wire import Event
 

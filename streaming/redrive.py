@@ -22,7 +22,7 @@ from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
 from streaming.broker import DEAD_LETTER_SUFFIX
 from streaming.client import abandon, connect
-from streaming.source import ATTEMPTS
+from streaming.records import ATTEMPTS
 from streaming.wire import JSON, MAX_EVENT_BYTES
 
 _logger = logging.getLogger(__name__)

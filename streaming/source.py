@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, OffsetOutOfRangeError, RetriableError
@@ -27,31 +27,17 @@ from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
 from streaming.broker import check_partitions
 from streaming.client import connect, reachable
-from streaming.wire import JSON
+from streaming.records import FetchedRecords, Record
 
 _logger = logging.getLogger(__name__)
 
 ENDS_INTERVAL_S, ENDS_VALID_S, ENDS_TIMEOUT_MS = 0.5, 2.0, 1_000
 METADATA_MAX_AGE_MS = 30_000
 MAX_BACKOFF_S = 2.0
-ATTEMPTS = "attempts"
 
 
 class _NotThereError(Exception):
     """The broker or a topic is not there; it may come."""
-
-
-class Record(NamedTuple):
-    """One raw Kafka message."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp_ms: int
-    key: bytes | None
-    value: bytes | None
-    content_type: bytes  # of the header; JSON when there is none
-    attempts: int = 0  # of the header: how often a dead letter with this value was sent again
 
 
 class Source:
@@ -166,7 +152,7 @@ class Source:
                 f"the topics cannot be read: {error}", str(self._config.bootstrap_servers), "see the reason; nothing was skipped"
             ) from error
         self._positions |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
-        return [_record(tp, raw) for tp, batch in batches.items() for raw in batch]
+        return [record for batch in batches.values() for record in batch]
 
     def positions(self) -> dict[str, int]:
         """`topic/partition` -> offset of the next record that `poll` will return."""
@@ -211,6 +197,7 @@ class Source:
             )
         except BrokerError as error:
             raise _NotThereError(str(error)) from error
+        consumer._fetcher.PartitionRecords = FetchedRecords
         self._consumer = consumer
         try:
             self._check_topics()
@@ -237,7 +224,7 @@ class Source:
         self._note_highs(self._again)
         batches = self._consumer.poll(timeout_ms=timeout_ms)
         self._again |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
-        records = [_record(tp, raw) for tp, batch in batches.items() for raw in batch if raw.offset < self._positions[tp]]
+        records = [record for tp, batch in batches.items() for record in batch if record.offset < self._positions[tp]]
         if any(position >= self._positions[tp] for tp, position in self._again.items()):
             self._again = {tp: position for tp, position in self._again.items() if position < self._positions[tp]}
             self._assign(self._again or self._positions)
@@ -323,16 +310,6 @@ class Source:
 
 def _name(tp: Any) -> str:
     return f"{tp.topic}/{tp.partition}"
-
-
-def _record(tp: Any, raw: Any) -> Record:
-    content_type, attempts = JSON, 0
-    for name, value in raw.headers:
-        if name == "content-type" and value is not None:
-            content_type = value
-        elif name == ATTEMPTS and value is not None and value.isdigit():
-            attempts = int(value)
-    return Record(tp.topic, tp.partition, raw.offset, raw.timestamp, raw.key, raw.value, content_type, attempts)
 
 
 def partition_of(key: bytes, num_partitions: int) -> int:

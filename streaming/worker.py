@@ -28,9 +28,10 @@ from streaming.health import label_delays
 from streaming.late import LateEvents
 from streaming.protocols import Log, Publish, RecordSource, RefusedRecords
 from streaming.recompute import other_rewards
+from streaming.records import Record
 from streaming.session_state import DECISIONS, FEEDBACK, Topic
 from streaming.sessions import SessionJoiner
-from streaming.source import Record, place_of
+from streaming.source import place_of
 from streaming.steplog import WorkerState, rows_to_table
 from streaming.wire import LEAVE, SHOWN, Decision, DecodedDecision, Feedback, decode_decision, decode_feedback
 

@@ -12,7 +12,7 @@ from esrl_ray.cli.chaos.compare import compare_steps
 from esrl_ray.cli.chaos.load import POISON, Load, Planned, generate
 from esrl_ray.cli.chaos.reference import Ends, fault_free
 from esrl_ray.cli.chaos.run import chaos_config
-from streaming.source import Record
+from streaming.records import Record
 
 CONFIG = chaos_config(Path("nowhere"), "nowhere:1", capacity=1_000)
 PARTITIONS = range(CONFIG.kafka.num_partitions)

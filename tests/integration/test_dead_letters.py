@@ -13,7 +13,8 @@ from streaming import wire
 from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX, ensure_topics
 from streaming.client import connect
 from streaming.deadletter import DeadLetters
-from streaming.source import Record, partition_of
+from streaming.records import Record
+from streaming.source import partition_of
 
 
 def test_a_dead_letter_keeps_its_bytes_and_says_why(kafka_config: KafkaConfig) -> None:

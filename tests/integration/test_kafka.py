@@ -17,7 +17,8 @@ from streaming import wire
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 from streaming.client import connect
 from streaming.producer import EventProducer
-from streaming.source import Record, Source
+from streaming.records import Record
+from streaming.source import Source
 
 ALL = range(4)
 

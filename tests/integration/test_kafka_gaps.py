@@ -12,7 +12,8 @@ from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import StreamError
 from streaming.broker import ensure_topics
 from streaming.client import connect
-from streaming.source import Record, Source
+from streaming.records import Record
+from streaming.source import Source
 from tests.integration.test_kafka import ALL, _read, _source, _until
 
 

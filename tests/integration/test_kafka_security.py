@@ -21,7 +21,8 @@ from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
 from streaming.client import connect
 from streaming.deadletter import DeadLetters
 from streaming.producer import EventProducer
-from streaming.source import Record, Source
+from streaming.records import Record
+from streaming.source import Source
 from streaming.wire import JSON, Feedback
 from tests.certificates import Certificate
 

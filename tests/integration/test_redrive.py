@@ -16,8 +16,9 @@ from esrl_ray.vocabulary import Refusal
 from streaming import redrive
 from streaming.broker import DEAD_LETTER_SUFFIX
 from streaming.deadletter import DeadLetters
+from streaming.records import Record
 from streaming.redrive import Redriver, read_letters
-from streaming.source import Record, partition_of
+from streaming.source import partition_of
 from streaming.wire import JSON, MSGPACK
 from tests.integration.test_kafka import _read, _source
 

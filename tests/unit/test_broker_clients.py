@@ -16,7 +16,8 @@ from esrl_ray.vocabulary import Refusal
 from streaming import client
 from streaming.broker import _pick_ports
 from streaming.deadletter import DeadLetters
-from streaming.source import Record, Source
+from streaming.records import Record
+from streaming.source import Source
 from streaming.wire import JSON
 
 BAD = WireError("bad", Refusal.MALFORMED)

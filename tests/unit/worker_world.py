@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from esrl_ray.config import Config, IngestConfig, JoinConfig, KafkaConfig, SpecConfig
 from esrl_ray.errors import WireError
-from streaming.source import Record, partition_of
+from streaming.records import Record
+from streaming.source import partition_of
 from streaming.steplog import WorkerState, step_schema
 from streaming.steptable import merge_steps
 from streaming.wire import MSGPACK, Decision, DecodedDecision, Event, Feedback, decode_decision, decode_feedback, encode

@@ -13,7 +13,7 @@ from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config, KafkaConfig
 from esrl_ray.errors import BrokerError, WireError
 from streaming.client import connect
-from streaming.source import Record
+from streaming.records import Record
 from streaming.steplog import WorkerState
 from streaming.steptable import merge_steps, step_schema
 from streaming.wire import JSON, Event

@@ -1,0 +1,134 @@
+"""What a fetch holds, read by us and by kafka-python."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import crc32c
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kafka import TopicPartition
+from kafka.consumer.fetcher import Fetcher
+from kafka.errors import CorruptRecordError
+from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
+from kafka.record.legacy_records import LegacyRecordBatchBuilder
+from kafka.record.memory_records import MemoryRecords
+
+from streaming.records import FetchedRecords, Record
+from streaming.wire import JSON, MSGPACK
+
+PLACE = TopicPartition("feedback", 3)
+CODECS = (0, 1, 3, 4)  # all but snappy, which is not installed here
+Message = tuple[int, bytes | None, bytes | None, list[tuple[str, bytes | None]]]
+"""Timestamp, key, value, headers."""
+
+texts = st.none() | st.binary(max_size=300)
+headers = st.lists(
+    st.tuples(st.sampled_from(["content-type", "attempts", "trace"]) | st.text(max_size=200), st.sampled_from([MSGPACK, b"7"]) | texts),
+    max_size=3,
+)
+messages = st.lists(st.tuples(st.integers(0, 2**42), texts, texts, headers), min_size=1, max_size=5)
+
+
+def batch(records: list[Message], *, first: int = 0, codec: int = 0, transactional: bool = False) -> bytes:
+    """As a producer writes it, its first record at an offset."""
+    builder = DefaultRecordBatchBuilder(2, codec, transactional, 5 if transactional else -1, 0, 0, 2**30)
+    for i, (time_ms, key, value, told) in enumerate(records):
+        builder.append(i, time_ms, key, value, told)
+    return struct.pack(">q", first) + bytes(builder.build())[8:]
+
+
+def change(content: bytes, at: int, new: bytes) -> bytes:
+    """A batch with other bytes and a checksum that fits."""
+    changed = bytearray(content)
+    changed[at : at + len(new)] = new
+    start = DefaultRecordBatch.ATTRIBUTES_OFFSET
+    return bytes(changed[:17]) + struct.pack(">I", crc32c.crc32c(bytes(changed[start:]))) + bytes(changed[start:])
+
+
+def read(content: bytes, kind: Any = FetchedRecords, *, start: int = 0, at_once: int = 2, **settings: Any) -> tuple[list[Any], list[int]]:
+    """All records, taken some at a time, and the next offset after each time."""
+    fetched = kind(start, PLACE, MemoryRecords(content), **settings)
+    records, offsets = [], []
+    while fetched:
+        records += fetched.take(at_once)
+        offsets.append(fetched.next_fetch_offset)
+    return records, offsets
+
+
+def plain(raw: Any) -> tuple[int, int, bytes | None, bytes | None]:
+    """What both kinds of record have."""
+    return raw.offset, raw.timestamp_ms if isinstance(raw, Record) else raw.timestamp, raw.key, raw.value
+
+
+@given(batches=st.lists(st.tuples(messages, st.sampled_from(CODECS)), max_size=3), gap=st.integers(0, 2), start=st.integers(0, 4))
+def test_records_and_positions_are_those_of_kafka_python(batches: list[tuple[list[Message], int]], gap: int, start: int) -> None:
+    content, offset = b"", 0
+    for records, codec in batches:
+        content += batch(records, first=offset, codec=codec)
+        offset += len(records) + gap
+    (mine, my_offsets), (theirs, their_offsets) = read(content, start=start), read(content, Fetcher.PartitionRecords, start=start)
+    assert list(map(plain, mine)) == list(map(plain, theirs))
+    assert my_offsets == their_offsets
+    assert all((record.topic, record.partition) == PLACE for record in mine)
+
+
+@given(records=messages)
+def test_headers_tell_content_type_and_attempts(records: list[Message]) -> None:
+    for record, (*_, told) in zip(read(batch(records))[0], records, strict=True):
+        last = {name: value for name, value in told if value is not None and (name != "attempts" or value.isdigit())}
+        assert record.content_type == last.get("content-type", JSON)
+        assert record.attempts == int(last.get("attempts", b"0"))
+
+
+def test_the_broker_s_time_counts_where_the_topic_says_so() -> None:
+    content = batch([(1_000, b"a", b"1", []), (5_000, b"b", b"2", [])])
+    appended = change(content, 22, bytes([content[22] | DefaultRecordBatch.TIMESTAMP_TYPE_MASK]))
+    assert [record.timestamp_ms for record in read(appended)[0]] == [5_000, 5_000]
+
+
+def test_batches_of_transactions_are_filtered_by_kafka_python() -> None:
+    records: list[Message] = [(1, b"a", b"1", [("content-type", MSGPACK)])]
+    content = batch(records) + batch(records, first=1, transactional=True) + batch(records, first=2)
+
+    class Aborted:
+        first_offset, producer_id = 1, 5
+
+    committed, _ = read(content, isolation_level=1)
+    aborted, offsets = read(content, isolation_level=1, aborted_transactions=[Aborted()])
+    assert [record.offset for record in committed] == [0, 1, 2]
+    assert [(record.offset, record.content_type) for record in aborted] == [(0, MSGPACK), (2, MSGPACK)]
+    assert offsets[-1] == 3
+
+
+def test_old_message_formats_are_read_by_kafka_python() -> None:
+    builder = LegacyRecordBatchBuilder(magic=1, compression_type=0, batch_size=2**20)
+    builder.append(0, timestamp=7, key=b"a", value=b"1")
+    assert read(bytes(builder.build()))[0] == [Record("feedback", 3, 0, 7, b"a", b"1", JSON)]
+
+
+MIDDLE = DefaultRecordBatch.HEADER_STRUCT.size
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1] + b"?",  # its checksum no longer fits
+        lambda content: change(content, MIDDLE, b"\x7e"),  # a record longer than the batch
+        lambda content: change(content, MIDDLE, b"\x02"),  # shorter than its fields
+        lambda content: change(content, MIDDLE + 4, b"\x7e"),  # a key longer than the record
+        lambda content: change(content, MIDDLE, b"\xff" * 11),  # a number of more than 64 bits
+        lambda content: change(content, len(content) - 1, b"\x02"),  # a header that is not there
+        lambda content: change(content, len(content) - 1, b"\x01"),  # fewer headers than none
+        lambda content: change(content, 57, struct.pack(">i", 3)),  # more records than it has
+        lambda content: change(content, 57, struct.pack(">i", 1)),  # fewer
+    ],
+)
+def test_a_damaged_batch_is_refused_with_its_place(damage: Callable[[bytes], bytes]) -> None:
+    content = batch([(1, b"a", b"1", []), (2, b"b", b"2", [])], first=40)
+    assert len(read(content)[0]) == 2
+    with pytest.raises(CorruptRecordError, match=r"feedback\[3\]@40"):
+        read(damage(content))
