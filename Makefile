@@ -8,7 +8,7 @@ UV := $(VENV)/uv/bin/uv
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-s3 check bench-methods bench-kuairand bench-speed bench-ingest bench-log lock clean
+.PHONY: setup demo test test-s3 check bench-methods bench-kuairand bench-speed bench-ingest bench-log bench-state lock clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,9 @@ bench-ingest: $(STAMP)
 
 bench-log: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.log $(ARGS)
+
+bench-state: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state $(ARGS)
 
 lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --quiet --output-file requirements.lock

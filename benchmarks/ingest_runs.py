@@ -21,6 +21,7 @@ from kafka import KafkaConsumer, TopicPartition
 import streaming.worker
 from benchmarks.ingest_dicts import DictJoin
 from benchmarks.ingest_events import deployment
+from esrl_ray.cli.parts import collect_less_often
 from esrl_ray.config import KafkaConfig
 from esrl_ray.replay.buffer import ReplayBuffer
 from streaming.client import connect
@@ -30,7 +31,7 @@ from streaming.sessions import SessionJoiner
 from streaming.source import Source
 from streaming.steplog import StepLog, read_commits
 from streaming.wire import Decision, Feedback
-from streaming.worker import IngestWorker, collect_less_often
+from streaming.worker import IngestWorker
 
 MARKS = 10
 

@@ -186,7 +186,7 @@ class LogConfig(Section):
 class ReplayConfig(Section):
     """The replay buffer D, a view of the step log."""
 
-    num_shards: Positive = Field(1, description="Replay shard actors; worker i feeds shard i % num_shards.")
+    num_shards: Positive = Field(1, description="Replay shard actors; partition p is in shard p % num_shards.")
     capacity: Positive = Field(200_000, description="Steps per shard; the oldest are dropped.")
     min_size: Positive = Field(1_000, description="Steps that can be sampled before sampling starts.")
     samples_per_insert: Annotated[float, Field(gt=0)] = Field(
@@ -369,10 +369,10 @@ class Config(Section):
                 f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: "
                 "some would have nothing to read"
             )
-        if replay.num_shards > self.ingest.num_workers:
+        if replay.num_shards > self.kafka.num_partitions:
             raise ValueError(
-                f"replay.num_shards {replay.num_shards} > ingest.num_workers {self.ingest.num_workers}: "
-                "a shard without a worker stays empty"
+                f"replay.num_shards {replay.num_shards} > kafka.num_partitions {self.kafka.num_partitions}: "
+                "a shard without a partition stays empty"
             )
         if learner.group_weights is not None and len(learner.group_weights) != self.reward.num_groups:
             raise ValueError(f"learner.group_weights has {len(learner.group_weights)} values for {self.reward.num_groups} reward groups")

@@ -38,7 +38,14 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     committed_ms: int
     topic_ids: dict[str, str] = {}  # topic -> Kafka's id of it
     reward: str = ""  # `RewardConfig.canonical` that the rewards in the table were made by
+    epochs: dict[int, int] = {}  # partition -> how often it has moved from one worker's table to another's; 0 when it is not here
+    given: dict[int, str] = {}  # partition -> worker that is to take it over; empty: whoever is dealt it
     builds_on: int | None = None  # commit of the newest whole state of this incarnation; None: this is whole
+
+    @property
+    def held(self) -> dict[int, list[bytes]]:
+        """The joiners of partitions that are not given away."""
+        return {p: chain for p, chain in self.joiners.items() if p not in self.given}
 
 
 def open_store(root: str) -> tuple[fs.FileSystem, str]:

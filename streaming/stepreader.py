@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 from pyarrow import fs
@@ -180,32 +181,54 @@ def read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Boo
 
     Args:
         root: Folder of all workers' tables.
-        num_steps: How many; each worker gives its share, and what stands in the same files.
+        num_steps: How many; and what stands in the same files.
         keep: Rows -> (n,) which of them count.
         max_rows: Rows to look at, at most, in all workers together; the files of the last ones are read to their end.
     """
-    workers = list_workers(root)
+    try:
+        return _read_newest(root, num_steps, keep, max_rows)
+    except FileNotFoundError:  # an owner cleaned up meanwhile
+        return _read_newest(root, num_steps, keep, max_rows)
 
-    def newest(reader: _Reader) -> list[pa.Table]:
-        steps = looked = 0
-        found: list[pa.Table] = []
-        left = list(reader.groups)
-        while left:
-            some: list[_Group] = []
-            num_bytes = 0
-            while left and len(some) < FILES_AT_ONCE and num_bytes < BYTES_AT_ONCE:
-                some.append(left.pop())
-                num_bytes += sum(file.num_bytes for file in some[-1].files)
-            rows = reader.rows(reversed(some))
-            kept = rows.filter(pa.array(keep(rows)))
-            found.append(kept)
-            steps, looked = steps + len(kept) - kept["item_ids"].null_count, looked + len(rows)
-            if steps * len(workers) >= num_steps or looked * len(workers) >= max_rows:
-                break
-        return found[::-1]
 
-    tables = [table for worker in workers for table in _read(root, worker, newest)]
-    return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
+class _Backwards:
+    """A worker's rows from the newest back."""
+
+    def __init__(self, reader: _Reader, keep: Callable[[pa.Table], Bools]) -> None:
+        self._reader, self._keep = reader, keep
+        self.left, self.kept, self.num_rows = list(reader.groups), list[pa.Table](), 0
+        self.since_ms = 1 << 62  # clock of the oldest row that was read
+
+    def read_more(self) -> None:
+        """Some more files."""
+        some: list[_Group] = []
+        num_bytes = 0
+        while self.left and len(some) < FILES_AT_ONCE and num_bytes < BYTES_AT_ONCE:
+            some.append(self.left.pop())
+            num_bytes += sum(file.num_bytes for file in some[-1].files)
+        rows = self._reader.rows(reversed(some))
+        self.kept.append(rows.filter(pa.array(self._keep(rows))))
+        self.num_rows += len(rows)
+        self.since_ms = min([self.since_ms, *rows["closed_ms"].to_pylist()])
+
+
+def _read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Bools], max_rows: int) -> pa.Table:
+    """Back to the same time in all tables: a step's first row may stand in one table and what amends it in another, see `partitions`."""
+    tables = [_Backwards(_Reader(root, worker), keep) for worker in list_workers(root)]
+    if not tables:
+        return step_schema().empty_table()
+    for table in tables:
+        table.read_more()
+    while True:
+        unread = [table for table in tables if table.left]
+        since_ms = max((table.since_ms for table in unread), default=0)
+        rows = pa.concat_tables(kept for table in tables for kept in reversed(table.kept))
+        first = pc.is_valid(rows["item_ids"])
+        in_time = pc.greater_equal(rows["closed_ms"], since_ms)
+        enough = pc.sum(pc.and_(first, in_time)).as_py() or 0
+        if not unread or enough >= num_steps or sum(table.num_rows for table in tables) >= max_rows:
+            return merge_steps(rows.filter(pc.or_(pc.invert(first), in_time)))
+        max(unread, key=lambda table: table.since_ms).read_more()
 
 
 def last_commits(root: str | Path, workers: Iterable[str]) -> dict[str, int]:

@@ -8,7 +8,6 @@ numbers and reads it from the log.
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections import Counter, defaultdict
@@ -26,6 +25,7 @@ from esrl_ray.secret import is_signed
 from esrl_ray.vocabulary import Bucket, Refusal, StepRow
 from streaming.health import label_delays
 from streaming.late import LateEvents
+from streaming.partitions import check_held
 from streaming.protocols import Log, Publish, RecordSource, RefusedRecords
 from streaming.recompute import other_rewards
 from streaming.records import Record
@@ -45,18 +45,13 @@ SMALL_SHARE = 0.1  # of ingest.max_poll_records
 _MADE_ANEW = "the topic was made anew or cut; to go on without these lists, start with a new run.dir"
 
 
-def collect_less_often() -> None:
-    """For a process that only ingests: it makes no cycles, and looking for them at Python's own thresholds takes a quarter of its time."""
-    gc.set_threshold(20_000, 20, 20)
-
-
 class IngestWorker:
     """Turns the records of some partitions into commits of the step log.
 
     Args:
         config: Of the deployment.
         worker: Name, e.g. `ingest-0`.
-        partitions: The same numbers of both topics; a worker keeps its partitions for the life of its log.
+        partitions: The same numbers of both topics; all that its log holds, see `streaming.partitions`.
         log: The worker's own step log.
         source_factory: Makes the source that reads on from `topic/partition` -> next offset.
         dead_letters: Takes what is refused.
@@ -64,7 +59,7 @@ class IngestWorker:
         clock_ms: Wall clock.
 
     Raises:
-        StreamError: the log belongs to other partitions.
+        StreamError: the log holds other partitions, or gave one of these away.
         LogError: the stored state is damaged, or another reward made the rewards in the log.
     """
 
@@ -91,18 +86,15 @@ class IngestWorker:
         self._late = LateEvents(config.kafka)
         self._names: dict[Topic, str] = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
         state = log.restore()
-        if state is not None and sorted(state.joiners) != self._partitions:
-            raise StreamError(
-                f"the step log of {worker} holds partitions {sorted(state.joiners)}, this worker is given {self._partitions}",
-                "ingest.num_workers, kafka.num_partitions",
-                "keep both as they were, or start with a new run.dir",
-            )
-        if state is not None and state.reward and state.reward != config.reward.canonical:
-            raise other_rewards(digest_of(state.reward), config.reward, worker)
+        stored = {} if state is None else state.held
+        if state is not None:
+            check_held(state, worker, self._partitions)
+            if state.reward and state.reward != config.reward.canonical:
+                raise other_rewards(digest_of(state.reward), config.reward, worker)
         self._commit = -1 if state is None else state.commit
         self._committed_ms = 0 if state is None else state.committed_ms
         self._topic_ids = {} if state is None else state.topic_ids
-        stored = {} if state is None else state.joiners
+        self._epochs = {} if state is None else {p: state.epochs.get(p, 0) for p in stored}
         self._joiners = {p: SessionJoiner(p, config, state=stored.get(p)) for p in self._partitions}
         self._source = source_factory({} if state is None else state.positions)
         self._lacking = {p: set(joiner.lacking.values()) for p, joiner in self._joiners.items() if joiner.lacking}
@@ -142,6 +134,13 @@ class IngestWorker:
         with self._alone():
             if not self._lacking:
                 self._make_commit(self._advance())
+
+    def release(self) -> int:
+        """Commit once more and give all partitions away, to whoever is dealt them; nothing can be done then. The number of the commit."""
+        with self._alone():
+            self._make_commit([] if self._lacking else self._advance(), given=dict.fromkeys(self._partitions, ""))
+            self._error = f"released partitions {self._partitions}"
+            return self._commit
 
     def run_once(self) -> int:
         """Poll once, and commit when it is time.
@@ -312,12 +311,12 @@ class IngestWorker:
             )
         return rows
 
-    def _make_commit(self, rows: Sequence[StepRow]) -> None:
+    def _make_commit(self, rows: Sequence[StepRow], given: Mapping[int, str] | None = None) -> None:
         start_ms = self._clock_ms()
         self._due_ms = start_ms + self._interval_ms
         self._status = {**self._status, **self._lag(self._status["positions"])}  # the commit may hang, or fail with the process
         ledger = self._ledger()
-        if not rows and ledger == self._last_ledger:  # every event read changes the ledger
+        if not rows and ledger == self._last_ledger and not given:  # every event read changes the ledger
             self._take_status()
             return
         self._check_topic_ids()
@@ -333,6 +332,8 @@ class IngestWorker:
             committed_ms=start_ms,
             topic_ids=self._topic_ids,
             reward=self._config.reward.canonical,
+            epochs=self._epochs,
+            given=dict(given or {}),
             builds_on=base,
         )
         self._log.commit(state, table)

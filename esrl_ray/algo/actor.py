@@ -147,10 +147,10 @@ class PleActor(_Inputs):
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         """Actions of pairs (..., A); arguments as `PairNetwork.forward`."""
         x = self.gather(numeric, categorical)
-        lead = x.shape[:-1]
-        experts = torch.relu(self.experts(x)).view(*lead, -1, self._h)  # (..., SHARED + k OWN, h)
+        lead = x.shape[:-1]  # sizes are named: a batch without next lists has none of their pairs, and -1 could be anything
+        experts = torch.relu(self.experts(x)).view(*lead, self.SHARED + self._k * self.OWN, self._h)
         shared, own = experts[..., : self.SHARED, :], experts[..., self.SHARED :, :].reshape(*lead, self._k, self.OWN, self._h)
-        gates = torch.softmax(self.gates(x).view(*lead, self._k, -1), dim=-1)  # (..., k, SHARED + OWN)
+        gates = torch.softmax(self.gates(x).view(*lead, self._k, self.SHARED + self.OWN), dim=-1)  # (..., k, SHARED + OWN)
         mixed = torch.matmul(gates[..., : self.SHARED], shared) + (gates[..., self.SHARED :].unsqueeze(-1) * own).sum(-2)  # (..., k, h)
         hidden = torch.relu(torch.einsum("...kh,khw->...kw", mixed, self.tower) + self.tower_bias)
         ends = torch.einsum("...kw,kwo->...ko", hidden, self.ends) + self.end_bias  # (..., k, 2): power, bias

@@ -67,7 +67,7 @@ class Readings:
     peak_rss_bytes: int = 0
     last: dict[str, Any] = field(default_factory=dict)  # part -> its last status
     losses: list[LossPoint] = field(default_factory=list)
-    inserted_ms: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # (worker, commit) -> (committed_ms, inserted_ms)
+    inserted_ms: dict[tuple[str, str, int], tuple[int, int]] = field(default_factory=dict)  # by (shard, worker, commit)
     end_offsets: dict[str, int] = field(default_factory=dict)  # "topic/partition" -> end offset after the traffic stopped
     manifests: list[Manifest] = field(default_factory=list)
     published_ms: dict[int, int] = field(default_factory=dict)  # version -> when the store first offered it
@@ -81,7 +81,7 @@ class Readings:
             if name.startswith("replay-") and status is not None:
                 for worker, commit, committed, inserted in status["inserted_ms"]:
                     # A restarted shard refills and would report later times: what was seen first counts.
-                    self.inserted_ms.setdefault((worker, commit), (committed, inserted))
+                    self.inserted_ms.setdefault((name, worker, commit), (committed, inserted))
         learner = statuses.get("learner")
         if learner and learner["gradient_steps"] and (not self.losses or learner["gradient_steps"] > self.losses[-1].gradient_steps):
             self.losses.append(
@@ -189,11 +189,14 @@ def steps_in_loop(config: Config, readings: Readings, served: Mapping[int, float
         drawable_steps(worker, read_commits(root, worker), sample_without_next=config.replay.sample_without_next)
         for worker in list_workers(root)
     ]
+    inserted: dict[tuple[str, int], tuple[float, float]] = {}
+    for (_, worker, commit), times in readings.inserted_ms.items():  # in the replay once every shard has its rows
+        inserted[worker, commit] = max(inserted.get((worker, commit), (0.0, 0.0)), times, key=lambda both: both[1])
     trained = [m for m in readings.manifests if m.gradient_steps > 0]
     first_trained_ms = min((m.learnt_ms for m in trained), default=readings.stop_ms)
     return step_times(
         pa.concat_tables(tables),
-        commits={key: (float(c), float(i)) for key, (c, i) in readings.inserted_ms.items()},
+        commits=inserted,
         manifests=trained,
         published_ms={v: float(at) for v, at in readings.published_ms.items()},
         served_ms=served,

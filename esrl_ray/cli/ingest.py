@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import click
 import ray
@@ -20,8 +21,12 @@ from streaming.broker import ensure_topics
 @click.option("--config", "path", default="configs/online.yaml", show_default=True, help="YAML of the deployment.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. ingest.num_workers=2.")
 @click.option("--address", default="auto", show_default=True, help="Ray cluster.")
-def ingest(path: str, overrides: tuple[str, ...], address: str) -> None:
+@click.option("--drain", "drained", metavar="WORKER", help="Stop a running worker at a commit instead, e.g. ingest-1; `all` stops all.")
+def ingest(path: str, overrides: tuple[str, ...], address: str, drained: str | None) -> None:
     """Read both topics, join sessions, commit to the step log, feed the replay shards, until SIGTERM.
+
+    The number of workers may differ from the last run's: the state of a partition moves to the worker that owns it now. A drained worker
+    has given its partitions away: nobody reads them until `esrl ingest` is started again, which deals all of them.
 
     Resumes at the last commit of each worker's log. A worker that dies comes back by itself; a worker that cannot go on (fenced, a gap in
     the offsets, too many dead letters) ends this command with the reason.
@@ -31,10 +36,15 @@ def ingest(path: str, overrides: tuple[str, ...], address: str) -> None:
         raise ConfigError(
             "kafka.bootstrap_servers is not set", path, "name the cluster's brokers, e.g. --set kafka.bootstrap_servers=127.0.0.1:9092"
         )
-    ensure_topics(config.kafka)
+    if drained is None:
+        ensure_topics(config.kafka)
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+    if drained is not None:
+        drain(parts.worker_names(config) if drained == "all" else [drained])
+        return
     stop = stop_on_signals()
     workers = parts.spawn_ingest(config, learning.replay_shards(config))
+    running = dict.fromkeys(workers, True)
     try:
         while not stop.wait(10.0):
             for name, worker in workers.items():
@@ -42,8 +52,28 @@ def ingest(path: str, overrides: tuple[str, ...], address: str) -> None:
                 click.echo(f"{name} " + " ".join(f"{key}={value}" for key, value in status.items()))
                 if status["error"]:
                     raise LoopError(f"{name} ended: {status['error']}")
+                running[name] = not status.get("released", False)
+            if not any(running.values()):
+                click.echo("all workers are drained")
+                return
         for worker in workers.values():
             actors.ask(worker.halt.remote, timeout_s=60.0)
         click.echo("stopped after the last commit")
     finally:
         actors.end(workers)
+
+
+def drain(workers: Sequence[str]) -> None:
+    """Stop running workers at a commit, with their partitions given away.
+
+    Raises:
+        LoopError: one is not running, or does not answer.
+    """
+    for name in workers:
+        try:
+            worker = actors.find(name)
+        except ValueError as error:
+            fix = "there is nothing to drain: its partitions go to whom they are dealt at the next start"
+            raise LoopError(f"no worker {name!r} is running", "--drain", fix) from error
+        status = actors.insist(worker.release.remote)
+        click.echo(f"{name} is drained at commit {status['commit']}, partitions {sorted(status['watermarks_ms'])}")

@@ -13,24 +13,24 @@ from ray.actor import ActorHandle
 
 from esrl_ray import actors
 from esrl_ray.cli.clock import clock_ms
-from esrl_ray.cli.parts import Part, worker_names
+from esrl_ray.cli.parts import Part
 from esrl_ray.config import Config
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
-from esrl_ray.reward import RewardConfig
+from streaming.partitions import commits_of_shard, live_workers
 from streaming.recompute import check_rewards
-from streaming.steplog import read_commits, read_newest
+from streaming.steplog import read_newest
 
 
-def _commits_after(root: str, reward: RewardConfig, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
-    check_rewards(root, reward)
-    return read_commits(root, worker, after=after)
+def _commits_after(root: str, config: Config, shard: int, worker: str, after: int) -> Iterator[tuple[int, pa.Table]]:
+    check_rewards(root, config.reward)
+    return commits_of_shard(root, shard, config.replay.num_shards, worker, after)
 
 
 def replay_shards(config: Config) -> list[ActorHandle]:
-    """The detached replay shards, made by whoever comes first; shard i is fed by the workers j with j % num_shards == i.
+    """The detached replay shards, made by whoever comes first; shard i holds the partitions p with p % num_shards == i.
 
-    A shard that was made for another reward is ended, and one that refills from the log comes in its place.
+    A shard that was made for another reward or number of shards is ended, and one that refills from the log comes in its place.
 
     Raises:
         LogError: the rewards in the log are of another reward.
@@ -46,14 +46,14 @@ def _shard(config: Config, i: int) -> ActorHandle:
             ReplayShard,
             config,
             config.learner.seed + i,
-            functools.partial(_commits_after, config.log_root, config.reward),
+            functools.partial(_commits_after, config.log_root, config, i),
             clock_ms,
-            worker_names(config)[i :: config.replay.num_shards],
+            functools.partial(live_workers, config.log_root),
             detached=True,
         )
 
     shard = spawn()
-    if actors.insist(shard.reward_digest.remote) != config.reward.digest:
+    if actors.insist(shard.made_for.remote) != (config.reward.digest, config.replay.num_shards):
         actors.end({f"replay-{i}": shard})
         shard = spawn()
     return shard

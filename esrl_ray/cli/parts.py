@@ -5,6 +5,7 @@ Here is what needs no torch; an actor imports only the module of its class, and 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -23,20 +24,26 @@ from esrl_ray.errors import EsrlError
 from esrl_ray.telemetry import Telemetry
 from esrl_ray.vocabulary import Bucket
 from streaming.deadletter import DeadLetters
+from streaming.partitions import LIVE, deal_partitions, rows_of_shard
 from streaming.source import Source
 from streaming.steplog import StepLog
-from streaming.worker import IngestWorker, collect_less_often
+from streaming.worker import IngestWorker
 
 _logger = logging.getLogger(__name__)
 
 
+def collect_less_often() -> None:
+    """For a process that only ingests: it makes no cycles, and looking for them at Python's own thresholds takes a quarter of its time."""
+    gc.set_threshold(20_000, 20, 20)
+
+
 def worker_names(config: Config) -> list[str]:
     """Names of the ingest workers; worker i owns the partitions p with p % num_workers == i."""
-    return [f"ingest-{i}" for i in range(config.ingest.num_workers)]
+    return [f"{LIVE}{i}" for i in range(config.ingest.num_workers)]
 
 
 class Publisher:
-    """Hands committed rows to a replay shard without waiting for it.
+    """Hands committed rows to the replay shard of their partitions without waiting for it.
 
     A call that fails, or is not made because `MAX_WAITING` are unanswered, leaves a gap in the shard's commits, which it closes from the
     log at the next one. So a shard that stands still neither holds up the step log nor gathers rows in memory.
@@ -44,8 +51,8 @@ class Publisher:
 
     MAX_WAITING = 4
 
-    def __init__(self, shard: ActorHandle) -> None:
-        self._shard = shard
+    def __init__(self, shard: ActorHandle, number: int = 0, num_shards: int = 1) -> None:
+        self._shard, self._number, self._num_shards = shard, number, num_shards
         self._waiting: list[ray.ObjectRef] = []
         self._left_out = 0
 
@@ -57,7 +64,8 @@ class Publisher:
             except ray.exceptions.RayError as error:
                 _logger.warning("replay shard failed, it will read the log: %s", str(error).splitlines()[0])
         if len(self._waiting) < self.MAX_WAITING:
-            self._waiting.append(self._shard.apply.remote(worker, commit, rows, committed_ms))
+            own = rows_of_shard(rows, self._number, self._num_shards)
+            self._waiting.append(self._shard.apply.remote(worker, commit, own, committed_ms))
             if self._left_out:
                 _logger.info("replay shard answers again worker=%s commit=%d left_out=%d", worker, commit, self._left_out)
             self._left_out = 0
@@ -114,9 +122,10 @@ class IngestPart(Part):
             log=StepLog(config.log_root, worker, uuid.uuid4().hex, config.spec.build(), config.log),
             source_factory=lambda positions: Source(config.kafka, partitions, positions, max_poll_records=config.ingest.max_poll_records),
             dead_letters=DeadLetters(config.kafka),
-            publish=[Publisher(shards[index % len(shards)])],
+            publish=[Publisher(shard, i, len(shards)) for i, shard in enumerate(shards)],
             clock_ms=clock_ms,
         )
+        self._released = False
         super().__init__(self._worker.run)
         self._meter = IngestMeter(worker)
         threading.Thread(target=self._measure, daemon=True).start()
@@ -127,7 +136,19 @@ class IngestPart(Part):
 
     def status(self) -> dict[str, Any]:
         """The worker's status, with the error that ended it."""
-        return {**self._worker.status(), "error": self._error, "pid": os.getpid()}
+        return {**self._worker.status(), "error": self._error, "released": self._released, "pid": os.getpid()}
+
+    def release(self) -> dict[str, Any]:
+        """Stop at a commit and give all partitions away; may be called twice.
+
+        Raises:
+            StreamError: the worker ended by an error.
+        """
+        self.halt()
+        if not self._released:
+            self._worker.release()
+            self._released = True
+        return self.status()
 
     def drain(self, until: Mapping[str, int], timeout_s: float) -> dict[str, Any]:
         """Stop the loop, read on to the end offsets, close what is open as truncated, commit, publish."""
@@ -184,5 +205,14 @@ class IngestMeter:
 
 
 def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:
-    """The ingest workers' actors by name."""
+    """The ingest workers' actors by name, after partitions have moved to those that own them now.
+
+    Raises:
+        Fenced: workers of another number run still.
+    """
+    names, spec = worker_names(config), config.spec.build()
+    owners = {p: names[p % len(names)] for p in range(config.kafka.num_partitions)}
+    moved = deal_partitions(config.log_root, spec, owners, incarnation=uuid.uuid4().hex, committed_ms=clock_ms())
+    for p, before in sorted(moved.items()):
+        _logger.info("partition moved partition=%d from=%s to=%s", p, before, owners[p])
     return {name: actors.spawn(name, IngestPart, config, name, shards, max_concurrency=4) for name in worker_names(config)}

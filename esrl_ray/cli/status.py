@@ -88,13 +88,13 @@ def logged(config: Config) -> dict[str, Any]:
     root = config.log_root
     workers: dict[str, Status] = {}
     names = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
-    states = {worker: state for worker in list_workers(root) if (state := last_state(root, worker)) is not None}
+    states = {worker: state for worker in list_workers(root) if (state := last_state(root, worker)) is not None and state.held}
     try:
         ends = end_offsets(config.kafka) if states and config.kafka.bootstrap_servers else {}
     except BrokerError:
         ends = {}
     for worker, state in states.items():
-        joiners = {p: SessionJoiner(p, config, state=chain) for p, chain in state.joiners.items()}
+        joiners = {p: SessionJoiner(p, config, state=chain) for p, chain in state.held.items()}
         ledger: Counter[tuple[str, Bucket]] = Counter()
         for joiner in joiners.values():
             ledger.update(joiner.ledger)

@@ -25,6 +25,12 @@ WAIT_S = 0.05
 _logger = logging.getLogger(__name__)
 
 
+def shard_to_ask(number: int, num_shards: int, num_learners: int) -> int:
+    """The shard of an ask: all in turn, and a learner's is another one at each call, or it would see the sessions of one shard only."""
+    call, learner = divmod(number, num_learners)
+    return (call + learner) % num_shards
+
+
 class BatchFeed:
     """Batches for learner calls, one reference per learner, from all shards in turn.
 
@@ -36,7 +42,7 @@ class BatchFeed:
 
     def __init__(self, shards: Sequence[ActorHandle], num_rows: int, num_learners: int) -> None:
         self._shards, self._num_rows, self._num_learners = list(shards), num_rows, num_learners
-        self._next_shard = 0
+        self._num_asked = 0
         self._away = False  # a shard did not answer: logged once
         self._asked: deque[tuple[ray.ObjectRef, ray.ObjectRef]] = deque()  # (lineage or None, batch or None)
         self._ready: list[tuple[Lineage, ray.ObjectRef]] = []
@@ -66,11 +72,13 @@ class BatchFeed:
                 return None
             time.sleep(WAIT_S)
         taken, self._ready = self._ready[: self._num_learners], self._ready[self._num_learners :]
-        return {w: c for lineage, _ in taken for w, c in lineage.items()}, [batch for _, batch in taken]
+        lineages = [lineage for lineage, _ in taken]
+        newest = {w: max(lineage.get(w, -1) for lineage in lineages) for w in dict.fromkeys(w for lineage in lineages for w in lineage)}
+        return newest, [batch for _, batch in taken]
 
     def _ask(self) -> None:
-        shard = self._shards[self._next_shard % len(self._shards)]
-        self._next_shard += 1
+        shard = self._shards[shard_to_ask(self._num_asked, len(self._shards), self._num_learners)]
+        self._num_asked += 1
         lineage, batch = shard.draw.options(num_returns=2).remote(self._num_rows)
         self._asked.append((lineage, batch))
 

@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ReplayShard:
-    """A view of the step logs of some workers.
+    """A view of the step logs, as far as they are of this shard's partitions.
 
     It is refilled from the log when it starts, so that it may be killed at any time. Delivery: (worker, commit) is applied once and in
     order; a repeated one is ignored, a gap is read from the log.
@@ -32,23 +32,25 @@ class ReplayShard:
     Args:
         config: Deployment.
         seed: Of sampling.
-        read_log: Commits of a worker after a given one.
+        read_log: Commits of a worker after a given one, with the rows of this shard.
         clock_ms: Epoch milliseconds.
-        workers: Names of the ingest workers that feed this shard.
+        workers: Names of the ingest workers that have a log.
     """
 
-    def __init__(self, config: Config, seed: int, read_log: ReadLog, clock_ms: Callable[[], int], workers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: Config, seed: int, read_log: ReadLog, clock_ms: Callable[[], int], workers: Callable[[], Sequence[str]] = list
+    ) -> None:
         self._new_buffer = partial(ReplayBuffer, config, seed=seed, read_log=read_log)
-        self._clock_ms, self._reward = clock_ms, config.reward.digest
+        self._clock_ms, self._made_for = clock_ms, (config.reward.digest, config.replay.num_shards)
         self._committed_ms: dict[tuple[str, int], int] = {}
-        self._workers = list(workers)
+        self._workers = workers
         self.refill()
 
     def refill(self) -> int:
         """Begin anew with what the logs hold now, as after a restart; the number of steps. A user erased from the log is gone then."""
         self._buffer = self._new_buffer()
         self._began_ms = self._clock_ms()
-        self._buffer.refill(self._workers, inserted_ms=self._began_ms)
+        self._buffer.refill(self._workers(), inserted_ms=self._began_ms)
         log_change(_logger, "replay shard ready", {"size": self._buffer.size, "lineage": cut_lineage(self._buffer.lineage)})
         return self._buffer.size
 
@@ -86,7 +88,7 @@ class ReplayShard:
 
     def catch_up(self) -> int:
         """Read what the logs hold beyond what arrived, e.g. at the end of a run; the number of steps inserted so far."""
-        self._buffer.catch_up(self._workers, inserted_ms=self._clock_ms())
+        self._buffer.catch_up(self._workers(), inserted_ms=self._clock_ms())
         return self._buffer.num_inserted
 
     def restore_limiter(self, totals: Mapping[str, float]) -> dict[str, float]:
@@ -94,9 +96,9 @@ class ReplayShard:
         self._buffer.restore_limiter(totals)
         return self._buffer.limiter_state()
 
-    def reward_digest(self) -> str:
-        """Of the reward section that it was made with."""
-        return self._reward
+    def made_for(self) -> tuple[str, int]:
+        """Digest of the reward section, and number of shards."""
+        return self._made_for
 
     def stats(self) -> dict[str, Any]:
         """Lineage, sizes, counts, the limiter's totals, and when this shard began."""

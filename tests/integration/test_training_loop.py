@@ -110,7 +110,7 @@ class Running:
         self.config, self.folder = config, folder
         self.store = actors.spawn(f"store-{name}", PolicyStoreActor, folder / "policies", config, max_concurrency=100)
         read_log = functools.partial(read_commits, str(folder / "log"))
-        self.shard = actors.spawn(f"replay-{name}", ReplayShard, config, 0, read_log, clock_ms, ["ingest-0"])
+        self.shard = actors.spawn(f"replay-{name}", ReplayShard, config, 0, read_log, clock_ms, lambda: ["ingest-0"])
         self.writer = Writer(config, folder / "log")
         self.start()
 

@@ -102,7 +102,7 @@ IMPOSSIBLE = {
     ),
     "truncated steps with a bootstrap": ({"replay": {"sample_without_next": True}}, ["gamma 0", "0.9"]),
     "more workers than partitions": ({"ingest": {"num_workers": 5}}, ["num_workers 5", "num_partitions 4"]),
-    "more shards than workers": ({"replay": {"num_shards": 2}}, ["num_shards 2", "num_workers 1"]),
+    "more shards than partitions": ({"replay": {"num_shards": 5}}, ["num_shards 5", "num_partitions 4"]),
     "a weight for each reward group": ({"learner": {"group_weights": [1.0, 2.0]}}, ["2 values", "1 reward groups"]),
     "a list longer than the candidates": ({"serve": {"list_size": 600}}, ["list_size 600", "max_candidates 500"]),
     "a round shorter than its warm-up": ({"exploration": {"round_steps": 1_000}}, ["warmup_steps 2000", "round_steps 1000"]),

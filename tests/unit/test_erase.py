@@ -131,7 +131,7 @@ def forget(config: Config, *arguments: str) -> Result:
 
 
 def test_the_command_counts_erases_and_names_policies(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = ReplayShard(deployment, 0, partial(read_commits, deployment.log_root), lambda: NOW_MS, ["ingest-0", "ingest-1"])
+    shard = ReplayShard(deployment, 0, partial(read_commits, deployment.log_root), lambda: NOW_MS, lambda: ["ingest-0", "ingest-1"])
     handle = SimpleNamespace(refill=SimpleNamespace(remote=shard.refill))
     monkeypatch.setattr(actors, "connect", lambda address: True)
     monkeypatch.setattr(actors, "present", lambda names: dict.fromkeys(names, handle))

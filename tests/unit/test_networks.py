@@ -99,9 +99,11 @@ def test_an_actor_of_requests_gives_all_pairs_of_a_request_the_same_action() -> 
         assert torch.allclose(actions, actions[:1].expand_as(actions), rtol=1e-5)
 
 
-def test_an_actor_reads_any_leading_shape() -> None:
-    actor, numeric, codes = Actor(SPEC, (8,), 5), torch.randn(2, 3, 5), torch.ones(2, 3, 2, dtype=torch.int64)
+@pytest.mark.parametrize("kind", [Actor, PleActor])
+def test_an_actor_reads_any_leading_shape(kind: type[Actor] | type[PleActor]) -> None:
+    actor, numeric, codes = kind(SPEC, (8,), 5), torch.randn(2, 3, 5), torch.ones(2, 3, 2, dtype=torch.int64)
     assert torch.allclose(actor(numeric, codes)[1, 2], actor(numeric[1, 2], codes[1, 2]), atol=1e-6)
+    assert actor(numeric[:, :0], codes[:, :0]).shape == (2, 0, SPEC.num_actions), "a batch without next lists has none of their pairs"
 
 
 def test_the_ensemble_equals_separate_critics() -> None:

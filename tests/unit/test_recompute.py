@@ -249,20 +249,21 @@ def test_the_command_rewrites_all_workers_and_readers_want_the_same_reward(tmp_p
 
 
 def test_a_shard_of_another_reward_is_ended_and_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    running, ended = {"replay-0": "another reward"}, []
+    running, ended = {"replay-0": ("another reward", 1)}, []
+    handle = SimpleNamespace(made_for=SimpleNamespace(remote="asked"))
 
-    def spawn(name: str, _: type, config: Config, *args: object, **__: object) -> str:
-        return running.setdefault(name, config.reward.digest)
+    def spawn(name: str, _: type, config: Config, *args: object, **__: object) -> SimpleNamespace:
+        running.setdefault(name, (config.reward.digest, config.replay.num_shards))
+        return handle
 
-    class Handle(str):
-        reward_digest = SimpleNamespace(remote="asked")
-
-    monkeypatch.setattr(actors, "spawn", lambda *args, **more: Handle(spawn(*args, **more)))
+    monkeypatch.setattr(actors, "spawn", spawn)
     monkeypatch.setattr(actors, "insist", lambda _: running["replay-0"])
     monkeypatch.setattr(actors, "end", lambda handles: ended.append(running.pop(next(iter(handles)))))
     config = AFTER.model_copy(update={"run": RunConfig(dir=str(tmp_path))})
-    assert learning.replay_shards(config) == [AFTER.reward.digest] and ended == ["another reward"]
-    assert learning.replay_shards(config) == [AFTER.reward.digest] and ended == ["another reward"]
+    for made in ({}, {"num_shards": 2}, {"num_shards": 2}):  # and of another number of shards
+        replay = config.replay.model_copy(update=made)
+        assert learning.replay_shards(config.model_copy(update={"replay": replay})) == [handle] * replay.num_shards
+    assert ended == [("another reward", 1), (AFTER.reward.digest, 1)] and running["replay-1"] == (AFTER.reward.digest, 2)
 
 
 def test_a_damaged_state_takes_the_new_rewards_back(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ class Place:
     def restart(self) -> None:
         """A new shard, as after kill -9: all it has is the log."""
         self.now_ms += 1
-        self.shard = ReplayShard(self.config, 0, lambda _, after: list(enumerate(self.log))[after + 1 :], lambda: self.now_ms, ["w"])
+        self.shard = ReplayShard(
+            self.config, 0, lambda _, after: list(enumerate(self.log))[after + 1 :], lambda: self.now_ms, lambda: ["w"]
+        )
 
     def write(self, num_steps: int, *, arrives: bool = True) -> None:
         """One commit."""

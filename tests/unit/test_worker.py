@@ -183,9 +183,9 @@ def test_a_crash_at_any_moment_changes_neither_the_steps_nor_the_ledger(crash_at
 def test_a_log_of_other_partitions_is_refused() -> None:
     world = World()
     visits(world)
-    world.worker(partitions=[0]).drain(world.ends, 60.0)
-    with pytest.raises(StreamError, match=r"holds partitions \[0\], this worker is given \[0, 1\]"):
-        world.worker()
+    world.worker().drain(world.ends, 60.0)
+    with pytest.raises(StreamError, match=r"holds partitions \[0, 1\], this worker is given \[0\]: \[1\] would be lost"):
+        world.worker(partitions=[0])
 
 
 def test_a_log_of_another_reward_is_refused() -> None:

@@ -41,9 +41,9 @@ class CrashError(RuntimeError):
 class World:
     """What survives a worker: the topics, the log, the dead letters, the clock; and where the next crash happens."""
 
-    def __init__(self) -> None:
-        self.now_ms = T0
-        self.topics: dict[tuple[str, int], list[Record]] = {(t, p): [] for t in ("decisions", "feedback") for p in range(PARTITIONS)}
+    def __init__(self, num_partitions: int = PARTITIONS) -> None:
+        self.now_ms, self.num_partitions = T0, num_partitions
+        self.topics: dict[tuple[str, int], list[Record]] = {(t, p): [] for t in ("decisions", "feedback") for p in range(num_partitions)}
         self.state: WorkerState | None = None
         self.commits: list[pa.Table] = []
         self.dead: dict[tuple[str, int, int], str] = {}
@@ -63,7 +63,7 @@ class World:
     def write(self, event: DecodedDecision | Feedback, *, partition: int | None = None, key: bytes | None = None) -> None:
         sent: Decision | Feedback = event.event if isinstance(event, DecodedDecision) else event
         topic, key = ("feedback" if isinstance(event, Feedback) else "decisions"), key or sent.session_id.encode()
-        self.raw(topic, encode(sent), partition=partition_of(key, PARTITIONS) if partition is None else partition, key=key)
+        self.raw(topic, encode(sent), partition=partition_of(key, self.num_partitions) if partition is None else partition, key=key)
 
     def raw(self, topic: str, value: bytes, *, partition: int = 0, key: bytes = b"s", content_type: bytes = MSGPACK) -> None:
         records = self.topics[topic, partition]

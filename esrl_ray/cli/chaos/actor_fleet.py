@@ -19,7 +19,7 @@ from esrl_ray.cli.chaos.shard_part import ChaosReplayShard
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
 from esrl_ray.errors import LoopError
-from streaming.steplog import read_commits
+from streaming.partitions import commits_of_shard, live_workers
 
 LEARNER = "learner"
 
@@ -69,10 +69,9 @@ class ActorFleet:
         if name in self.workers:
             return actors.spawn(name, ChaosIngestPart, config, name, shards, self.folder, max_concurrency=4)
         index = self.shards.index(name)
-        read_log = functools.partial(read_commits, config.log_root)
-        return actors.spawn(
-            name, ChaosReplayShard, config, config.learner.seed + index, read_log, clock_ms, self.workers[index :: len(self.shards)]
-        )
+        read_log = functools.partial(commits_of_shard, config.log_root, index, len(self.shards))
+        workers = functools.partial(live_workers, config.log_root)
+        return actors.spawn(name, ChaosReplayShard, config, config.learner.seed + index, read_log, clock_ms, workers)
 
     def status(self, name: str) -> dict[str, Any] | None:
         """Of one part; None while it does not answer.

@@ -6,6 +6,7 @@ or two, so that a short run has many deaths.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import logging
@@ -33,8 +34,9 @@ from esrl_ray.errors import EsrlError, LoopError
 from esrl_ray.ports import free_ports
 from esrl_ray.replay.buffer import ReplayBuffer
 from streaming.deadletter import DeadLetters
+from streaming.partitions import commits_of_shard, rows_of_shard
 from streaming.source import Source
-from streaming.steplog import StepLog, read_commits
+from streaming.steplog import StepLog
 from streaming.worker import IngestWorker
 
 MODULE = "esrl_ray.cli.chaos.processes"
@@ -44,20 +46,15 @@ REFUSED = 3
 """Exit status of a worker that ended with a known error, such as being fenced."""
 
 
-def shard_of(index: int, config: Config) -> str:
-    """The replay shard that ingest worker `index` feeds."""
-    return f"replay-{index % config.replay.num_shards}"
-
-
 class IngestProcess:
     """One ingest worker."""
 
-    def __init__(self, config: Config, worker: str, folder: Path, shard: Remote) -> None:
+    def __init__(self, config: Config, worker: str, folder: Path, shards: Sequence[Remote]) -> None:
         points.watch(folder, worker)
         index = int(worker.rpartition("-")[2])
         partitions = range(index, config.kafka.num_partitions, config.ingest.num_workers)
         log = StepLog(config.log_root, worker, uuid.uuid4().hex, config.spec.build(), config.log)
-        self._shard, self._stop = shard, threading.Event()
+        self._shards, self._stop = shards, threading.Event()
         self._worker = IngestWorker(
             config,
             worker,
@@ -70,7 +67,9 @@ class IngestProcess:
         )
 
     def _publish(self, worker: str, commit: int, rows: pa.Table, committed_ms: int) -> None:
-        self._shard.call("apply", worker, commit, rows, committed_ms, timeout_s=10.0)
+        for i, shard in enumerate(self._shards):
+            with contextlib.suppress(ConnectionError):  # it reads the log when it is back
+                shard.call("apply", worker, commit, rows_of_shard(rows, i, len(self._shards)), committed_ms, timeout_s=10.0)
 
     def status(self) -> dict[str, Any]:
         """The worker's status."""
@@ -92,9 +91,11 @@ class ReplayProcess:
 
     def __init__(self, config: Config, shard: str) -> None:
         index = int(shard.rpartition("-")[2])
-        self._workers = [f"ingest-{i}" for i in range(index, config.ingest.num_workers, config.replay.num_shards)]
+        self._workers = [f"ingest-{i}" for i in range(config.ingest.num_workers)]
         self._lock = threading.Lock()
-        self._buffer = ReplayBuffer(config, seed=index, read_log=functools.partial(read_commits, config.log_root))
+        self._buffer = ReplayBuffer(
+            config, seed=index, read_log=functools.partial(commits_of_shard, config.log_root, index, config.replay.num_shards)
+        )
         self._buffer.refill(self._workers, inserted_ms=clock_ms())
 
     def status(self) -> dict[str, Any]:
@@ -162,8 +163,7 @@ class ProcessFleet:
             port, arguments = self._ports[name], [name]
         else:
             port = free_ports(1)[0]
-            shard = shard_of(self.workers.index(name), self.config)
-            arguments = [name, str(self._ports[shard])]
+            arguments = [name, *(str(self._ports[shard]) for shard in self.shards)]
         command = [str(self.folder), str(port), *arguments]
         process = self._processes[name] = start(MODULE, *command, key=self._key, log=self.folder / f"{name}.log")
         self._remotes[name] = Remote(port, self._key)
@@ -234,18 +234,18 @@ def _close_input(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _main(folder: Path, port: int, name: str, *shard_port: str) -> None:
+def _main(folder: Path, port: int, name: str, *shard_ports: str) -> None:
     end_with_parent()
     faulthandler.register(signal.SIGUSR1)  # where it hangs, if it does
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     key = bytes.fromhex(os.environ[AUTH])
     config = Config.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
-    if not shard_port:
+    if not shard_ports:
         serve(ReplayProcess(config, name), port, key)
         return
     try:
-        part = IngestProcess(config, name, folder, Remote(int(shard_port[0]), key))
+        part = IngestProcess(config, name, folder, [Remote(int(shard_port), key) for shard_port in shard_ports])
         threading.Thread(target=serve, args=(part, port, key), daemon=True).start()
         part.run()
     except EsrlError as error:

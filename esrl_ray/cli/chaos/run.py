@@ -32,6 +32,7 @@ from esrl_ray.config import (
 from esrl_ray.errors import LoopError
 from esrl_ray.reward import BehaviourConfig, RewardConfig, RewardGroup
 from streaming.broker import DEAD_LETTER_SUFFIX, EmbeddedBroker, end_offsets, ensure_topics
+from streaming.partitions import rows_of_shard
 from streaming.session_state import DECISIONS, FEEDBACK
 from streaming.steplog import commit_history, read_commits, read_steps
 from streaming.steptable import step_schema
@@ -182,9 +183,9 @@ def _report(
     letters = _dead_letters(config.kafka)
     shards = {}
     for i, shard in enumerate(fleet.shards):
-        workers = fleet.workers[i :: len(fleet.shards)]
-        tail = [step_id for name in workers for step_id in tail_of(logs[name], config.replay.capacity)]
-        lineage = {name: len(logs[name]) - 1 for name in workers}
+        own = [[rows_of_shard(rows, i, len(fleet.shards)) for rows in log] for log in logs.values()]
+        tail = [step_id for log in own for step_id in tail_of(log, config.replay.capacity)]
+        lineage = {name: len(log) - 1 for name, log in logs.items()}
         shards[shard] = shard_differences(fleet.ask(shard, "contents", tail, timeout_s=DRAIN_S), tail, steps, lineage)
     in_topics: Counter[str] = Counter()
     for (topic, _), end in ends.items():
