@@ -6,6 +6,7 @@ EsrlError
 ├── WireError              bytes from a topic are not a valid event (becomes a dead letter)
 ├── StreamError            the stream cannot go on: a gap in offsets, partitions differ, too many dead letters
 ├── BrokerError            the embedded broker or a named one does not work
+│   └── BrokerRefused      it works and refuses our credentials or certificate
 ├── Fenced                 another incarnation owns this step log: stop
 ├── LogError               the step log or its state file is damaged or does not fit
 ├── RequestError           a fuse request is malformed or does not fit the deployment (422)
@@ -61,6 +62,10 @@ class StreamError(EsrlError):
 
 class BrokerError(EsrlError):
     """The broker does not start, does not answer, or ended."""
+
+
+class BrokerRefused(BrokerError):
+    """The broker refuses our credentials or certificate, or we refuse its."""
 
 
 class Fenced(EsrlError):

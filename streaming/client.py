@@ -18,17 +18,22 @@ import ssl
 from typing import Any
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
+from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError
+from esrl_ray.errors import BrokerError, BrokerRefused
 
 _logger = logging.getLogger(__name__)
 
 BOOTSTRAP_TIMEOUT_MS, REQUEST_TIMEOUT_MS = 10_000, 15_000
+REFUSED_S = 60.0
+"""So long ingestion asks again after a refusal: a broker that starts, or whose users are being changed, may refuse for a moment."""
+
+REFUSALS = (BrokerRefused, AuthorizationError, SaslAuthenticationFailedError)
+"""Errors of a broker that answers, and says no."""
 
 
 def client_settings(config: KafkaConfig) -> dict[str, Any]:
@@ -97,6 +102,7 @@ class _LastProblem(logging.Handler):
     """Keeps what kafka-python said last at level ERROR; a reason of SASL or TLS stays, what follows is only "disconnected"."""
 
     REASONS = ("Sasl", "[SSL", "Handshake failed")
+    REFUSALS = ("SaslAuthenticationFailed", "UnsupportedSaslMechanism", "CERTIFICATE", "UNKNOWN_CA")
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -106,6 +112,11 @@ class _LastProblem(logging.Handler):
         text = record.getMessage().rpartition(">: ")[2] + (f": {record.exc_info[1]}" if record.exc_info else "")
         if not any(reason in self.text for reason in self.REASONS) and "Bootstrap failed" not in text:
             self.text = text
+
+    @property
+    def is_refusal(self) -> bool:
+        """Asking again will not help, unless the other side changes."""
+        return any(refusal in self.text for refusal in self.REFUSALS)
 
 
 class _Manager(KafkaConnectionManager):  # type: ignore[misc]
@@ -130,7 +141,7 @@ def connect(kind: type, config: KafkaConfig, **settings: Any) -> Any:
         settings: The client's own settings; they win over `client_settings`.
 
     Raises:
-        BrokerError: no broker answers in time, or it refuses us; the text has the reason.
+        BrokerError: no broker answers in time, or, as `BrokerRefused`, it refuses us; the text has the reason.
     """
     clients: list[KafkaNetClient] = []
 
@@ -146,8 +157,9 @@ def connect(kind: type, config: KafkaConfig, **settings: Any) -> Any:
     except KafkaError as error:
         for client in clients:
             client.close()
-        raise BrokerError(
-            f"Kafka does not answer: {problem.text or error}",
+        refusal, what = (BrokerRefused, "Kafka refuses us: ") if problem.is_refusal else (BrokerError, "Kafka does not answer: ")
+        raise refusal(
+            f"{what}{problem.text or error}",
             f"{config.security_protocol} {config.bootstrap_servers}",
             "start the broker, or check address and credentials",
         ) from error

@@ -19,7 +19,7 @@ from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError, WireError
 from esrl_ray.vocabulary import Bucket
 from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX
-from streaming.client import abandon, connect, reachable
+from streaming.client import REFUSALS, REFUSED_S, abandon, connect, reachable
 from streaming.records import ATTEMPTS, Record
 from streaming.wire import MAX_EVENT_BYTES, MSGPACK, Event, encode
 
@@ -69,7 +69,7 @@ class DeadLetters:
 
     Args:
         config: Broker, topics, `max_dead_letter_share`.
-        flush_timeout_s: How long `flush` tries.
+        flush_timeout_s: How long `flush` tries; a broker that refuses us is asked for `REFUSED_S` only.
         clock_s: Monotonic clock.
     """
 
@@ -122,7 +122,8 @@ class DeadLetters:
         Raises:
             BrokerError: it did not within the time; do not commit.
         """
-        deadline_s = self._clock_s() + self._flush_timeout_s
+        began_s = self._clock_s()
+        deadline_s = began_s + self._flush_timeout_s
         while self._waiting:
             try:
                 self._send_waiting()
@@ -130,11 +131,14 @@ class DeadLetters:
                 if self._producer is not None:
                     abandon(self._producer)
                     self._producer = None
-                if self._clock_s() >= deadline_s:
+                now_s = self._clock_s()
+                if isinstance(error, REFUSALS):
+                    deadline_s = min(deadline_s, now_s + REFUSED_S)
+                if now_s >= deadline_s:
                     raise BrokerError(
-                        f"{len(self._waiting)} dead letters or late events were not acknowledged in {self._flush_timeout_s:.0f} s: {error}",
+                        f"{len(self._waiting)} dead letters or late events were not acknowledged in {now_s - began_s:.0f} s: {error}",
                         str(self._waiting[0]["topic"]),
-                        "start the broker, and create this topic if it may not be created for you",
+                        "start the broker; create this topic, and allow this user to write it, if neither is done for you",
                     ) from error
                 _logger.warning("dead letters or late events wait waiting=%d reason=%s", len(self._waiting), error)
                 time.sleep(RETRY_S)

@@ -3,7 +3,8 @@
 Delivery: exactly the records from the stored positions on, in partition order, committed transactions only. Nothing is skipped silently:
 a gap (retention passed the position, a topic made anew, another number of partitions) is a `StreamError`; with `kafka.on_gap: skip` the
 first kind is counted. A broker that is down is not an error: `poll` returns nothing, `degraded_s` grows, and no partition counts as read to
-its end, or its watermark would follow the clock past events that producers still hold back.
+its end, or its watermark would follow the clock past events that producers still hold back. One that refuses us is an error: at once when
+it has let us in before, else after `REFUSED_S`.
 
 kafka-python 3.0.12: `poll` spins at full speed while its broker is gone, so the port is asked first. ListOffsets waits behind the fetch
 that is under way on the same connection, hence the short `fetch_max_wait_ms`. Records of a partition that was paused in the middle of a
@@ -13,6 +14,7 @@ fetch come again only when `_next_partition_records` is None, which it never is 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +26,9 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError, RetriableError
 from kafka.partitioner.default import murmur2
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError, StreamError
+from esrl_ray.errors import BrokerError, BrokerRefused, StreamError
 from streaming.broker import check_partitions
-from streaming.client import connect, reachable
+from streaming.client import REFUSED_S, connect, reachable
 from streaming.records import FetchedRecords, Record
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class Source:
         self._consumer: Any = None
         self._out_of_range = False
         self._down_since_s: float | None = None
-        self._backoff_s = 0.1
+        self._backoff_s, self._give_up_s = 0.1, math.inf
 
     @property
     def degraded_s(self) -> float:
@@ -196,9 +198,10 @@ class Source:
                 metrics_enabled=False,
             )
         except BrokerError as error:
+            self._check_refusal(error)
             raise _NotThereError(str(error)) from error
         consumer._fetcher.PartitionRecords = FetchedRecords
-        self._consumer = consumer
+        self._consumer, self._give_up_s = consumer, math.inf
         try:
             self._check_topics()
             firsts = self._first_offsets()
@@ -208,6 +211,14 @@ class Source:
             self.close()
             raise
         self._assign(self._again or self._positions)
+
+    def _check_refusal(self, error: BrokerError) -> None:
+        if isinstance(error, BrokerRefused):
+            self._give_up_s = min(self._give_up_s, self._clock_s() + REFUSED_S)
+            if self._clock_s() >= self._give_up_s:
+                raise StreamError(
+                    f"{error.what}, again and again for {REFUSED_S:.0f} s", error.where, "mend credentials or certificates"
+                ) from error
 
     def _assign(self, positions: Mapping[Any, int]) -> None:
         self._consumer.assign(list(positions))
@@ -264,7 +275,7 @@ class Source:
     def _check_topics(self) -> None:
         for topic in self._topics:
             if not (found := self._consumer.partitions_for_topic(topic)):
-                raise _NotThereError(f"topic {topic} does not exist (yet)")
+                raise _NotThereError(f"topic {topic} does not exist (yet), or this user may not describe it")
             check_partitions(self._config, topic, len(found))
             if (topic_id := self._consumer._client.cluster.topic_id(topic)) is not None:  # a broker before 2.8 has none
                 self._topic_ids[topic] = str(topic_id)

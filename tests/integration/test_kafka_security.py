@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
-from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ResourcePattern,
+    ResourceType,
+    ScramMechanism,
+    UserScramCredentialDeletion,
+    UserScramCredentialUpsertion,
+)
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError, WireError
+from esrl_ray.errors import BrokerError, BrokerRefused, StreamError, WireError
 from esrl_ray.ports import free_ports
 from esrl_ray.vocabulary import Refusal
 from streaming.broker import EmbeddedBroker, end_offsets, ensure_topics
@@ -38,6 +49,7 @@ class Secure:
 
     folder: Path
     ports: dict[str, int]
+    inside: KafkaConfig  # of the listener without a login, whose user may do anything
 
     def config(self, listener: str, **settings: Any) -> KafkaConfig:
         """Settings of a client of one listener; it trusts the right authority."""
@@ -45,9 +57,9 @@ class Secure:
         known = {"bootstrap_servers": f"127.0.0.1:{self.ports[listener]}", "security_protocol": PROTOCOLS[listener]}
         return KafkaConfig.model_validate(known | trust | settings)
 
-    def login(self, listener: str, mechanism: str, *, password: str = MARKER) -> KafkaConfig:
-        """As the user who may."""
-        return self.config(listener, sasl_mechanism=mechanism, sasl_username="app", sasl_password=password)
+    def login(self, listener: str, mechanism: str, *, user: str = "app", password: str = MARKER) -> KafkaConfig:
+        """As the user who may, or another one."""
+        return self.config(listener, sasl_mechanism=mechanism, sasl_username=user, sasl_password=password)
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +85,20 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
         "listener.name.mutual.ssl.client.auth=required",
     ]
     for name in ("login", "both"):
-        lines.append(f'listener.name.{name}.plain.sasl.jaas.config={PLAIN} required user_app="{MARKER}";')
+        lines.append(f'listener.name.{name}.plain.sasl.jaas.config={PLAIN} required user_app="{MARKER}" user_guest="{MARKER}";')
         lines += [f"listener.name.{name}.{m.lower()}.sasl.jaas.config={SCRAM} required;" for m in MECHANISMS[1:]]
+    lines += [
+        "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users=User:ANONYMOUS;User:app;User:leaver",
+        "listener.name.login.scram-sha-512.connections.max.reauth.ms=2000",
+    ]
     with EmbeddedBroker.start(folder / "broker", say=print, properties="\n".join(lines) + "\n") as broker:
-        admin = connect(KafkaAdminClient, KafkaConfig(bootstrap_servers=broker.bootstrap_servers))
+        inside = KafkaConfig(bootstrap_servers=broker.bootstrap_servers)
+        admin = connect(KafkaAdminClient, inside)
         for mechanism in (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512):
             assert admin.alter_user_scram_credentials([UserScramCredentialUpsertion("app", mechanism, MARKER)]) == {"app": None}
         admin.close()
-        yield Secure(folder, ports)
+        yield Secure(folder, ports, inside)
 
 
 def _refusal(config: KafkaConfig) -> str:
@@ -90,6 +108,7 @@ def _refusal(config: KafkaConfig) -> str:
             connect(KafkaProducer, config, bootstrap_timeout_ms=1_000 * seconds)
         if not any(vague in str(caught.value) for vague in ("timed out", "Unable to bootstrap")):
             break
+    assert isinstance(caught.value, BrokerRefused)
     return str(caught.value)
 
 
@@ -122,6 +141,36 @@ def test_the_right_password_comes_in_and_a_wrong_one_is_told_the_brokers_reason(
         "Invalid username or password" in text if mechanism == "PLAIN" else f"invalid credentials with SASL mechanism {mechanism}" in text
     )
     assert WRONG not in text
+
+
+def _read_until_refused(config: KafkaConfig, *, meanwhile: Callable[[], object] = lambda: None) -> str:
+    source, deadline = Source(config, range(4), {}, max_poll_records=10), time.monotonic() + 60
+    try:
+        with pytest.raises(StreamError) as caught:
+            while time.monotonic() < deadline:
+                source.poll(100)
+                if source.positions():
+                    meanwhile()
+    finally:
+        source.close()
+    return str(caught.value)
+
+
+def test_a_user_who_may_not_is_told_so_at_once_and_one_who_is_shut_out_ends_the_reading(secure: Secure) -> None:
+    ensure_topics(secure.inside)
+    with pytest.raises(BrokerError, match="TopicAuthorizationFailedError"):
+        ensure_topics(secure.login("LOGIN", "PLAIN", user="guest").model_copy(update={"decisions_topic": "others"}))
+    admin = connect(KafkaAdminClient, secure.inside)
+    every = ResourcePattern(ResourceType.TOPIC, "*")
+    admin.create_acls([ACL("User:guest", "*", ACLOperation.DESCRIBE, ACLPermissionType.ALLOW, every)])
+    assert "TopicAuthorizationFailedError" in _read_until_refused(secure.login("LOGIN", "PLAIN", user="guest"))
+
+    mechanism = ScramMechanism.SCRAM_SHA_512  # every 2 s it wants the password again
+    admin.alter_user_scram_credentials([UserScramCredentialUpsertion("leaver", mechanism, MARKER)])
+    leaver = secure.login("LOGIN", "SCRAM-SHA-512", user="leaver")
+    leaves = functools.cache(lambda: admin.alter_user_scram_credentials([UserScramCredentialDeletion("leaver", mechanism)]))
+    assert "invalid credentials with SASL mechanism SCRAM-SHA-512" in _read_until_refused(leaver, meanwhile=leaves)
+    admin.close()
 
 
 def test_a_client_certificate_comes_in_and_others_are_told_why_not(secure: Secure) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import logging
+import re
 import socket
 import time
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from kafka.errors import TopicAuthorizationFailedError
 from pydantic import SecretStr
 
 from esrl_ray.config import KafkaConfig
-from esrl_ray.errors import BrokerError, StreamError, WireError
+from esrl_ray.errors import BrokerError, BrokerRefused, StreamError, WireError
 from esrl_ray.vocabulary import Refusal
 from streaming import client
 from streaming.broker import _pick_ports
@@ -79,6 +86,39 @@ def test_good_records_push_refused_ones_out_of_the_window() -> None:
     for offset in range(1_000):
         letters.send(_record(offset), BAD)
         letters.passed(5)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A broker that refuses everybody; its calls say how often it was asked."""
+    connect = Mock(side_effect=BrokerRefused("Kafka refuses us: Authentication failed", "b:1"))
+    for module in ("source", "deadletter"):
+        monkeypatch.setattr(f"streaming.{module}.connect", connect)
+        monkeypatch.setattr(f"streaming.{module}.reachable", lambda *_, **__: True)
+    monkeypatch.setattr("streaming.deadletter.RETRY_S", 0.0)
+    yield connect
+
+
+def test_reading_asks_a_broker_that_refuses_it_for_a_minute_and_ends_with_the_reason(refused: Any) -> None:
+    now_s = 0.0
+    source = Source(NOWHERE, [0], {}, max_poll_records=10, clock_s=lambda: now_s)
+    for now_s in (0.0, 30.0, client.REFUSED_S - 1):
+        assert source.poll(0) == [] and source.degraded_s == now_s
+    now_s = client.REFUSED_S
+    with pytest.raises(StreamError, match=r"refuses us: Authentication failed, again and again for 60 s \(at b:1\)"):
+        source.poll(0)
+    assert refused.call_count == 4
+
+
+@pytest.mark.parametrize("error", [BrokerRefused("refused"), TopicAuthorizationFailedError("refused")])
+def test_dead_letters_end_a_minute_after_a_refusal_and_later_when_the_broker_is_only_away(refused: Any, error: Exception) -> None:
+    for side_effect, asked in ((error, 3), (BrokerError("away"), 10)):
+        refused.side_effect, refused.call_count = side_effect, 0
+        letters = DeadLetters(NOWHERE, clock_s=functools.partial(next, itertools.count(0, 30)))  # asked every 30 s
+        letters.send(_record(0), BAD)
+        with pytest.raises(BrokerError, match=rf"not acknowledged in {30 * asked} s: .*{re.escape(str(side_effect))}"):
+            letters.flush()
+        assert refused.call_count == asked
 
 
 def test_a_source_without_a_broker_is_degraded_and_waits_without_spinning() -> None:

@@ -91,6 +91,8 @@ def test_every_alarm_has_its_page_and_every_setting_exists() -> None:
         "kafka down for reading reason=",
         "kafka down client=",
         "Kafka does not answer: ",
+        "Kafka refuses us: ",
+        "the topics cannot be read: ",
         "records were refused, more than kafka.max_dead_letter_share",
         "were dropped by log.retention_days",
     ],
