@@ -19,12 +19,14 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import SecretStr
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import InputDataError, WireError
+from esrl_ray.secret import pseudonym
 from streaming.deadletter import RefusedShare
 from streaming.records import Record
-from streaming.wire import JSON, MSGPACK, Event, encode
+from streaming.wire import JSON, MAX_ID_BYTES, MSGPACK, Event, encode
 
 PARQUET, LINES = (".parquet",), (".jsonl", ".ndjson", ".json")
 BATCH_ROWS = 1_000
@@ -48,17 +50,26 @@ class FileSource:
         feedback: The same.
         positions: `topic/0` -> row to begin with.
         max_poll_records: Rows of both topics per poll, at most.
+        user_key: Of the pseudonyms that decisions get for their user ids, as serving gives them; None leaves what stands there.
 
     Raises:
         InputDataError: no files there, or files of another kind.
     """
 
     def __init__(
-        self, config: KafkaConfig, decisions: Path, feedback: Path, positions: Mapping[str, int], *, max_poll_records: int
+        self,
+        config: KafkaConfig,
+        decisions: Path,
+        feedback: Path,
+        positions: Mapping[str, int],
+        *,
+        max_poll_records: int,
+        user_key: SecretStr | None = None,
     ) -> None:
+        self._with_users, self._user_key = config.decisions_topic, user_key
         self._files = {config.decisions_topic: _files_of(decisions), config.feedback_topic: _files_of(feedback)}
         self._next = {topic: positions.get(f"{topic}/0", 0) for topic in self._files}
-        self._rows = {topic: _records(topic, files, self._next[topic]) for topic, files in self._files.items()}
+        self._rows = {topic: self._records(topic, self._next[topic]) for topic in self._files}
         self._again: Iterator[Record] | None = None
         self._ended: set[str] = set()
         self._held: set[str] = set()
@@ -78,7 +89,7 @@ class FileSource:
         """Before the first poll: first return the rows from these on, up to the positions, once more."""
         for where, start in starts.items():
             topic = where.rpartition("/")[0]
-            self._again = islice(_records(topic, self._files[topic], start), self._next[topic] - start)
+            self._again = islice(self._records(topic, start), self._next[topic] - start)
 
     def take_skipped(self) -> dict[tuple[str, int], int]:
         """Nothing is passed over."""
@@ -122,6 +133,12 @@ class FileSource:
     def lag(self) -> dict[tuple[str, int], int]:
         """Nobody has counted the rows."""
         return {}
+
+    def _records(self, topic: str, start: int) -> Iterator[Record]:
+        records, key = _records(topic, self._files[topic], start), self._user_key
+        if key is None or topic != self._with_users:
+            return records
+        return (record._replace(value=_without_user(record.value or b"", record.content_type, key)) for record in records)
 
 
 class Rejects:
@@ -240,6 +257,20 @@ def _records(topic: str, files: Sequence[Path], start: int) -> Iterator[Record]:
             raise InputDataError(
                 f"the file cannot be read: {str(error).splitlines()[0]}", str(path), "mend it, then import again"
             ) from error
+
+
+def _without_user(value: bytes, content_type: bytes, key: SecretStr) -> bytes:
+    """A decision with the pseudonym of its user. One whose user cannot be found out stays as it is, and the worker refuses it."""
+    form: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
+    try:
+        fields = form.decode(value, type=dict[str, msgspec.Raw])
+        user_id = form.decode(fields["user_id"], type=str)
+    except (KeyError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        return value
+    if not 0 < len(user_id.encode()) <= MAX_ID_BYTES:
+        return value
+    whole: bytes = form.encode(fields | {"user_id": msgspec.Raw(form.encode(pseudonym(user_id, key)))})
+    return whole
 
 
 def _record(topic: str, row: int, value: bytes, content_type: bytes) -> Record:

@@ -17,18 +17,27 @@ FOREVER_S = 1e9
 
 
 def import_files(
-    config: Config, root: str, decisions: Path, feedback: Path, *, worker: str, rejects: Path, say: Callable[[str], object]
+    config: Config,
+    root: str,
+    decisions: Path,
+    feedback: Path,
+    *,
+    worker: str,
+    rejects: Path,
+    say: Callable[[str], object],
+    hashed_users: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Read files to their end into a worker's table of the step log; what it has already is not read again.
 
     Args:
-        config: Deployment; its join, reward and spec count.
+        config: Deployment; its join, reward, spec and `serve.user_key` count.
         root: Folder of all workers' tables.
         decisions: File or folder.
         feedback: File or folder.
         worker: Name of the table.
         rejects: File for refused rows.
         say: Told what happened.
+        hashed_users: User ids in the files are this deployment's pseudonyms already.
 
     Returns:
         The ledger, {topic: {bucket: rows}}.
@@ -41,7 +50,7 @@ def import_files(
     one = {"kafka": config.kafka.model_copy(update={"num_partitions": 1}), "serve": config.serve.model_copy(update={"decision_keys": ()})}
     alone = config.model_copy(update=one)  # a single reader, and decisions of another time were signed with other keys
     log = StepLog(root, worker, uuid.uuid4().hex, config.spec.build(), config.log)
-    limit = config.ingest.max_poll_records
+    limit, key = config.ingest.max_poll_records, None if hashed_users else config.serve.user_key
     source = FileSource(config.kafka, decisions, feedback, {}, max_poll_records=limit)
     before = log.restore()
     if before is not None and before.topic_ids != source.topic_ids:
@@ -50,7 +59,7 @@ def import_files(
 
     def source_at(positions: dict[str, int]) -> FileSource:
         nonlocal source
-        source = FileSource(config.kafka, decisions, feedback, positions, max_poll_records=limit)
+        source = FileSource(config.kafka, decisions, feedback, positions, max_poll_records=limit, user_key=key)
         return source
 
     refused = Rejects(rejects, max_share=config.kafka.max_dead_letter_share)

@@ -97,15 +97,35 @@ def recompute(path: str, overrides: tuple[str, ...]) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. run.dir=runs/other.")
 @click.option("--worker", default="import-0", show_default=True, help="Name of the table in the step log; one for each set of files.")
 @click.option("--rejects", type=click.Path(path_type=Path), help="File for refused rows.  [default: <run.dir>/rejects/<worker>.jsonl]")
-def import_log(*, decisions: Path, feedback: Path, path: str, overrides: tuple[str, ...], worker: str, rejects: Path | None) -> None:
+@click.option("--hashed-users", is_flag=True, help="User ids in the files are pseudonyms of this deployment already (ESRL_USER_KEY).")
+def import_log(
+    *,
+    decisions: Path,
+    feedback: Path,
+    path: str,
+    overrides: tuple[str, ...],
+    worker: str,
+    rejects: Path | None,
+    hashed_users: bool,
+) -> None:
     """Read old decisions and feedback into the step log, through the join of the live path.
 
     Rows have the fields of the two events on the wire (docs/data.md), in order of event time within each file and over the names of the
-    files. A call that was killed goes on where its last commit was; a call on what is imported adds nothing.
+    files. A call that was killed goes on where its last commit was; a call on what is imported adds nothing. Where the deployment has
+    ESRL_USER_KEY, user ids are hashed as serving hashes them.
     """
     config = load_config(path, overrides, environment=os.environ)
     rejects = rejects or config.run.path / "rejects" / f"{worker}.jsonl"
-    import_files(config, config.log_root, decisions, feedback, worker=worker, rejects=rejects, say=click.echo)
+    import_files(
+        config,
+        config.log_root,
+        decisions,
+        feedback,
+        worker=worker,
+        rejects=rejects,
+        say=click.echo,
+        hashed_users=hashed_users,
+    )
 
 
 @log_group.command("export-kuairand")

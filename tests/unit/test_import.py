@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from pydantic import SecretStr
 
 from esrl_ray.cli.importing import import_files
 from esrl_ray.cli.log import log_group
@@ -19,6 +20,7 @@ from esrl_ray.cli.logged import read_log
 from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError, InputDataError, LogError, StreamError
 from esrl_ray.reward import RewardConfig
+from esrl_ray.secret import PSEUDONYM_DIGITS, pseudonym
 from streaming.files import Rejects
 from streaming.recompute import recompute_rewards
 from streaming.sessions import SessionJoiner
@@ -76,9 +78,9 @@ def steps_of(table: pa.Table) -> list[Row]:
     return [{k: v for k, v in row.items() if k not in ("commit", "closed_ms", "revision")} for row in table.to_pylist()]
 
 
-def imported(root: Path, decisions: Path, events: Path, config: Config = LATER, worker: str = "import-0") -> list[str]:
+def imported(root: Path, decisions: Path, events: Path, config: Config = LATER, worker: str = "import-0", **how: bool) -> list[str]:
     said: list[str] = []
-    import_files(config, str(root / "log"), decisions, events, worker=worker, rejects=root / "rejects.jsonl", say=said.append)
+    import_files(config, str(root / "log"), decisions, events, worker=worker, rejects=root / "rejects.jsonl", say=said.append, **how)
     return said
 
 
@@ -100,6 +102,33 @@ def test_an_import_gives_the_steps_of_the_live_join(tmp_path: Path, write: Calla
     assert len(commits) > 5 and commits[-1].positions == {"decisions/0": 24, "feedback/0": 75}
     assert commits[-1].reward == CONFIG.reward.digest
     assert imported(tmp_path, *paths) == said and commit_history(tmp_path / "log", "import-0") == commits, "twice adds nothing"
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_with_a_user_key_users_are_imported_under_their_pseudonyms(tmp_path: Path, write: Callable[[Path, Sequence[Row]], Path]) -> None:
+    key = SecretStr("a key of sixteen or more")
+    config = LATER.model_copy(update={"serve": LATER.serve.model_copy(update={"user_key": key})})
+    decisions, events = visits()
+    rows: list[Row] = [{**wire(d), "a_field_of": "the future"} for d in decisions]
+    paths = write(tmp_path / "decisions.jsonl", rows), write(tmp_path / "feedback.jsonl", [wire(e) for e in events])
+    imported(tmp_path, *paths, config)
+    wanted = expected(decisions, events)
+    assert steps_of(read_steps(tmp_path / "log")) == [{**step, "user_id": pseudonym(str(step["user_id"]), key)} for step in wanted]
+    imported(tmp_path / "hashed", *paths, config, hashed_users=True)
+    assert steps_of(read_steps(tmp_path / "hashed" / "log")) == wanted
+
+
+def test_a_user_id_that_is_none_is_refused_with_a_user_key_too(tmp_path: Path) -> None:
+    config = LATER.model_copy(update={"serve": LATER.serve.model_copy(update={"user_key": SecretStr("a key of sixteen or more")})})
+    decisions, events = visits()
+    good = [wire(d) for d in decisions]
+    bad: list[Row | bytes] = [{**good[0], "decision_id": f"b{i}", "user_id": user} for i, user in enumerate((7, "", "u" * 129))]
+    number = msgspec.json.encode({**good[0], "decision_id": "n"})[:-1] + b',"number":1e999}'  # no number that could be copied
+    d = write_lines(tmp_path / "d.jsonl", [*bad, b"[]", b"{", *good, number])
+    said = imported(tmp_path, d, write_lines(tmp_path / "f.jsonl", [wire(e) for e in events]), config)
+    assert "5 dead_letter" in said[0] and "24 joined" in said[0]
+    users = set(read_steps(tmp_path / "log")["user_id"].to_pylist())
+    assert users and all(len(user) == PSEUDONYM_DIGITS for user in users)
 
 
 def test_what_the_end_of_the_files_cuts_off_is_truncated_not_left(tmp_path: Path) -> None:
