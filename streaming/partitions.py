@@ -6,8 +6,10 @@ the partition away and fences a worker that still runs there; one in the table o
 stands in the first table, and whoever deals next brings the move to its end before anything else. Each commit is made by its number, so of
 two that deal at the same time one is fenced.
 
-A step's later rows may so stand in another table than its first row. Readers merge by step id over all tables; a replay shard holds some
-partitions, whoever writes them.
+A step's later rows may so stand in another table than its first row. Readers merge by step id over all tables. A replay shard holds some
+partitions, whoever writes them; it must have read the tables to their ends before a new owner commits, because the owner before may have
+died between a commit and telling of it. One that refills orders commits by the clocks of the workers: they must agree to the seconds that
+a start takes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from esrl_ray.config import Config
 from esrl_ray.errors import LogError, StreamError
 from esrl_ray.spec import Spec
 from streaming.statefiles import WorkerState
@@ -34,6 +37,11 @@ ANYONE = ""
 def live_workers(root: str | Path) -> list[str]:
     """Names of the workers that own partitions, or have owned some."""
     return [worker for worker in list_workers(root) if worker.startswith(LIVE)]
+
+
+def owners_of(config: Config) -> dict[int, str]:
+    """Partition -> name of the worker that owns it: partition p belongs to worker p % num_workers."""
+    return {p: f"{LIVE}{p % config.ingest.num_workers}" for p in range(config.kafka.num_partitions)}
 
 
 def rows_of_shard(rows: pa.Table, shard: int, num_shards: int) -> pa.Table:

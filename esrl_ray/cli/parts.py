@@ -24,7 +24,7 @@ from esrl_ray.errors import EsrlError
 from esrl_ray.telemetry import Telemetry
 from esrl_ray.vocabulary import Bucket
 from streaming.deadletter import DeadLetters
-from streaming.partitions import LIVE, deal_partitions, rows_of_shard
+from streaming.partitions import deal_partitions, owners_of, rows_of_shard
 from streaming.source import Source
 from streaming.steplog import StepLog
 from streaming.worker import IngestWorker
@@ -38,8 +38,8 @@ def collect_less_often() -> None:
 
 
 def worker_names(config: Config) -> list[str]:
-    """Names of the ingest workers; worker i owns the partitions p with p % num_workers == i."""
-    return [f"{LIVE}{i}" for i in range(config.ingest.num_workers)]
+    """Names of the ingest workers, in the order of their numbers."""
+    return list(dict.fromkeys(owners_of(config).values()))
 
 
 class Publisher:
@@ -113,8 +113,7 @@ class IngestPart(Part):
 
     def __init__(self, config: Config, worker: str, shards: Sequence[ActorHandle]) -> None:
         collect_less_often()
-        index = worker_names(config).index(worker)
-        partitions = range(index, config.kafka.num_partitions, config.ingest.num_workers)
+        partitions = [p for p, owner in owners_of(config).items() if owner == worker]
         self._worker = IngestWorker(
             config,
             worker,
@@ -205,14 +204,15 @@ class IngestMeter:
 
 
 def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:
-    """The ingest workers' actors by name, after partitions have moved to those that own them now.
+    """The ingest workers' actors by name, after partitions have moved to those that own them now and the shards know of all before.
 
     Raises:
         Fenced: workers of another number run still.
     """
-    names, spec = worker_names(config), config.spec.build()
-    owners = {p: names[p % len(names)] for p in range(config.kafka.num_partitions)}
-    moved = deal_partitions(config.log_root, spec, owners, incarnation=uuid.uuid4().hex, committed_ms=clock_ms())
+    owners = owners_of(config)
+    moved = deal_partitions(config.log_root, config.spec.build(), owners, incarnation=uuid.uuid4().hex, committed_ms=clock_ms())
     for p, before in sorted(moved.items()):
         _logger.info("partition moved partition=%d from=%s to=%s", p, before, owners[p])
+    for shard in shards:
+        actors.insist(shard.catch_up.remote)
     return {name: actors.spawn(name, IngestPart, config, name, shards, max_concurrency=4) for name in worker_names(config)}

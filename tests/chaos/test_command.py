@@ -14,8 +14,8 @@ from esrl_ray.errors import ConfigError
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kill", "ingest,printer"], "unknown part 'printer'.*expected some of ingest, replay, broker, learner, zombie"),
-        (["--kill", "learner,zombie"], "Ray's actors have one.*leave out learner or zombie"),
+        (["--kill", "ingest,printer"], "unknown part 'printer'.*expected some of ingest, replay, broker, learner, zombie, deal"),
+        (["--kill", "learner,zombie"], "plain processes, with learner.*leave out zombie or learner"),
         (["--out", "."], "the folder exists.*name a new one"),
     ],
 )

@@ -7,7 +7,7 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from esrl_ray.cli.chaos.compare import compare_steps, problems_of, shard_differences, tail_of
+from esrl_ray.cli.chaos.compare import compare_steps, ids_of, problems_of, shard_differences
 from esrl_ray.cli.chaos.processes import contents_of
 from esrl_ray.config import Config
 from esrl_ray.replay.buffer import ReplayBuffer
@@ -78,14 +78,16 @@ def test_a_shard_must_hold_the_tail_of_its_log(config: Config) -> None:
         update={"replay": config.replay.model_copy(update={"capacity": 2, "min_size": 1, "samples_per_insert": 1_000.0})}
     )
     commits = [rows_of(config), rows_to_table([step(config, "c", ended=Ended.TERMINATED)])]
-    steps, tail = merge_steps(pa.concat_tables(commits)), tail_of(commits, 2)
-    assert tail == ["b", "c"]
+    steps, logs = merge_steps(pa.concat_tables(commits)), {"w": ids_of(commits)}
+    assert logs == {"w": ["a", "b", "c"]}
+    ids = logs["w"]
     whole, behind = (ReplayBuffer(small, seed=0, read_log=lambda worker, after: ()) for _ in range(2))
     for n, rows in enumerate(commits):
         whole.apply("w", n, rows, inserted_ms=0)
     behind.apply("w", 0, commits[0], inserted_ms=0)
-    assert shard_differences(contents_of(whole, tail), tail, steps, {"w": 1}) == []
-    assert len(shard_differences(contents_of(behind, tail), tail, steps, {"w": 1})) == 2
+    assert shard_differences(contents_of(whole, ids), logs, steps, {"w": 1}, capacity=2) == []
+    assert len(shard_differences(contents_of(behind, ids), logs, steps, {"w": 1}, capacity=2)) == 2
+    assert any("at most 3" in p for p in shard_differences(contents_of(whole, ids), logs, steps, {"w": 1}, capacity=3))
     other = merge_steps(pa.concat_tables([rows_to_table([step(config, "b", ended=Ended.OPEN, reward=3.0)]), commits[1]]))
-    problems = shard_differences(contents_of(whole, tail), tail, other, {"w": 1})
+    problems = shard_differences(contents_of(whole, ids), logs, other, {"w": 1}, capacity=2)
     assert any("rewards of step b" in p for p in problems) and any("can be drawn" in p for p in problems)

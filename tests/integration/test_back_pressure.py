@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 
 from benchmarks.backpressure import StallingIngestPart, produce
 from esrl_ray import actors
-from esrl_ray.cli.chaos.compare import shard_differences, tail_of
+from esrl_ray.cli.chaos.compare import ids_of, shard_differences
 from esrl_ray.cli.chaos.shard_part import ChaosReplayShard
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.cli.learning import LearnerPart
@@ -112,9 +112,10 @@ def test_a_shard_and_a_learner_that_stand_still_hold_nothing_up_and_the_shard_ca
     last = running.commit()
     running.until(lambda: running.seen() == last)
     commits = [rows for _, rows in read_commits(running.root, WORKER)]
-    tail = tail_of(commits, running.config.replay.capacity)
-    contents = ray.get(running.shard.contents.remote(tail))
-    assert len(tail) > 0 and shard_differences(contents, tail, read_steps(running.root), {WORKER: len(commits) - 1}) == []
+    ids, capacity = ids_of(commits), running.config.replay.capacity
+    contents = ray.get(running.shard.contents.remote(ids))
+    lineage = {WORKER: len(commits) - 1}
+    assert ids and shard_differences(contents, {WORKER: ids}, read_steps(running.root), lineage, capacity=capacity) == []
 
     steps = ray.get(running.shard.stats.remote())["num_sampled"]
     os.kill(running.pids[running.learner], signal.SIGCONT)

@@ -33,8 +33,10 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> li
     names = [name.strip() for name in value.split(",") if name.strip()]
     if unknown := sorted(set(names) - set(KINDS)):
         raise ConfigError(f"unknown part {unknown[0]!r}", "--kill", f"expected some of {', '.join(KINDS)}")
-    if {"learner", "zombie"} <= set(names):
-        raise ConfigError("a zombie needs two processes of one name, Ray's actors have one", "--kill", "leave out learner or zombie")
+    if "learner" in names and (only := sorted({"deal", "zombie"} & set(names))):
+        raise ConfigError(
+            f"{only[0]} is done to plain processes, with learner the parts are Ray's actors", "--kill", f"leave out {only[0]} or learner"
+        )
     return [kind for kind in KINDS if kind in names]
 
 
@@ -45,7 +47,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> li
     "--kill",
     "kinds",
     callback=_kinds,
-    default="ingest,replay,broker,zombie",
+    default="ingest,replay,broker,zombie,deal",
     show_default=True,
     help="What dies. With `learner` the parts are Ray actors as deployed, restarted by Ray; else plain processes, which restart faster.",
 )
@@ -58,8 +60,9 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
 
     Sends generated events (20 % out of order, 5 % duplicates, 0.5 % poison of every kind, too late ones, idle partitions, abandoned
     sessions) through an embedded broker of its own, while ingest workers, replay shards and the broker are killed at random moments and
-    at every named point of the commit sequence, and workers are paused and replaced (zombies). Then compares steps, links, rewards, ledger,
-    dead letters and replay shards with a run without faults on the same records. Exit code 2 when anything differs.
+    at every named point of the commit sequence, workers are paused and replaced (zombies) or give way to another number of them (deal).
+    Then compares steps, links, rewards, ledger, dead letters and replay shards with a run without faults on the same records. Exit code 2
+    when anything differs.
     """
     if out is not None and out.exists():
         raise ConfigError("the folder exists", str(out), "name a new one with --out")

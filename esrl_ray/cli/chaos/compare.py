@@ -6,7 +6,7 @@ Not compared, because it may differ: the number of a commit, how many revisions 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -62,26 +62,34 @@ def _doubled(rows: pa.Table) -> list[str]:
     return sorted(twice | {step_id for (step_id, _), n in Counter(revisions).items() if n > 1})
 
 
-def tail_of(commits: Sequence[pa.Table], capacity: int) -> list[str]:
-    """Ids of the newest steps of one worker's log, in the order of their first rows: what a shard of that capacity holds."""
-    ids = [i for rows in commits for i in rows.filter(rows["item_ids"].is_valid())["step_id"].to_pylist()]
-    return ids[-capacity:]
+def ids_of(commits: Iterable[pa.Table]) -> list[str]:
+    """Ids of the steps of one worker's log, in the order of their first rows."""
+    return list(dict.fromkeys(i for rows in commits for i in rows.filter(rows["item_ids"].is_valid())["step_id"].to_pylist()))
 
 
-def shard_differences(contents: Mapping[str, Any], tail: Sequence[str], steps: pa.Table, lineage: Mapping[str, int]) -> list[str]:
-    """What a replay shard holds against what the log says it should.
+def shard_differences(
+    contents: Mapping[str, Any], logs: Mapping[str, Sequence[str]], steps: pa.Table, lineage: Mapping[str, int], *, capacity: int
+) -> list[str]:
+    """What a replay shard holds against what the logs say it should: of each worker the newest, and in all as many as fit.
 
     Args:
-        contents: From `contents_of`, asked for the ids of `tail`.
-        tail: Ids that it should hold.
+        contents: From `contents_of`, asked for all ids of `logs` in their order.
+        logs: Ids of the shard's steps by worker, oldest first.
         steps: Merged steps of the logs.
-        lineage: Last commit of each of its workers.
+        lineage: Last commit of each worker.
+        capacity: Of the shard.
     """
     problems = []
     if dict(contents["lineage"]) != dict(lineage):
         problems.append(f"it has seen {contents['lineage']}, the logs end at {dict(lineage)}")
-    if contents["missing"] or contents["size"] != len(tail):
-        problems.append(f"it holds {contents['size']} steps, expected {len(tail)}; missing: {contents['missing'][:NAMED]}")
+    missing, total = set(contents["missing"]), sum(map(len, logs.values()))
+    newest = {worker: [i for i in ids if i not in missing] for worker, ids in logs.items()}
+    for worker, ids in logs.items():
+        if newest[worker] != ids[len(ids) - len(newest[worker]) :]:
+            problems.append(f"of {worker} it holds {len(newest[worker])} steps that are not the newest")
+    tail = [step_id for ids in newest.values() for step_id in ids]
+    if contents["size"] != len(tail) or len(tail) != min(capacity, total):
+        problems.append(f"it holds {contents['size']} steps, {len(tail)} of the logs' {total}, at most {capacity}")
         return problems
     ours = steps.take(pc.index_in(pa.array(tail, pa.string()), steps["step_id"]))
     for name in ("states", "scores", "actions", "anchor_actions", "rewards", "shown"):

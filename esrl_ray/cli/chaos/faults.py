@@ -21,13 +21,14 @@ from esrl_ray.cli.clock import clock_ms
 from esrl_ray.errors import LoopError
 from streaming.broker import EmbeddedBroker
 
-Kind = Literal["ingest", "replay", "broker", "learner", "zombie"]
+Kind = Literal["ingest", "replay", "broker", "learner", "zombie", "deal"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RANDOM, DOWN = "at_random", "down_10_s"
 ZOMBIE_POINTS = (Point.BEFORE_STATE, Point.DURING_STATE, Point.BEFORE_DELTA, Point.BEFORE_PUBLICATION)
 DELAYED = {Point.DURING_DELTA: (5, 60), Point.DURING_COMPACTION: (5, 60), Point.DURING_CHECKPOINT: (2, 20)}
 """Milliseconds after the start, drawn at random."""
 DOWN_S, POINT_S, RECOVERY_S = 10.0, 45.0, 120.0
+MOST_WORKERS = 3
 
 
 class Fault(NamedTuple):
@@ -53,6 +54,7 @@ def plan(kinds: Sequence[Kind], num_faults: int, *, seed: int, passed: Sequence[
         "broker": [Fault("broker", RANDOM)] * 3 + [Fault("broker", DOWN)],
         "learner": [Fault("learner", RANDOM)] * 3,
         "zombie": [Fault("zombie", point) for point in ZOMBIE_POINTS],
+        "deal": [Fault("deal", RANDOM)] * 3,
     }
     faults: list[Fault] = []
     while len(faults) < num_faults:
@@ -87,7 +89,14 @@ class Faults:
 
     def do(self, fault: Fault) -> None:
         """Do one, and return when what died is back."""
-        done = {"ingest": self._ingest, "replay": self._part, "learner": self._part, "broker": self._broker, "zombie": self._zombie}
+        done = {
+            "ingest": self._ingest,
+            "replay": self._part,
+            "learner": self._part,
+            "broker": self._broker,
+            "zombie": self._zombie,
+            "deal": self._deal,
+        }
         name = f"{fault.kind}:{fault.when}"
         if done[fault.kind](fault):
             self.kills[name] += 1
@@ -180,6 +189,14 @@ class Faults:
         self.zombies.append(f"{fault.when}: exit status {status}, {reason or 'no reason'}")
         if status != REFUSED or "Fenced" not in reason:
             raise LoopError(f"a zombie was not fenced: {self.zombies[-1]}")
+        return True
+
+    def _deal(self, fault: Fault) -> bool:
+        """All workers die, and another number of them comes: partitions move."""
+        assert isinstance(self.fleet, ProcessFleet)
+        began, now = time.monotonic(), len(self.fleet.workers)
+        self.fleet.deal(int(self._rng.choice([n for n in range(1, MOST_WORKERS + 1) if n != now])))
+        self.answers_s["deal"] = max(self.answers_s.get("deal", 0.0), time.monotonic() - began)
         return True
 
     def _commit(self, worker: str) -> int:

@@ -34,7 +34,7 @@ from esrl_ray.errors import EsrlError, LoopError
 from esrl_ray.ports import free_ports
 from esrl_ray.replay.buffer import ReplayBuffer
 from streaming.deadletter import DeadLetters
-from streaming.partitions import commits_of_shard, rows_of_shard
+from streaming.partitions import commits_of_shard, deal_partitions, live_workers, owners_of, rows_of_shard
 from streaming.source import Source
 from streaming.steplog import StepLog
 from streaming.worker import IngestWorker
@@ -51,8 +51,7 @@ class IngestProcess:
 
     def __init__(self, config: Config, worker: str, folder: Path, shards: Sequence[Remote]) -> None:
         points.watch(folder, worker)
-        index = int(worker.rpartition("-")[2])
-        partitions = range(index, config.kafka.num_partitions, config.ingest.num_workers)
+        partitions = [p for p, owner in owners_of(config).items() if owner == worker]
         log = StepLog(config.log_root, worker, uuid.uuid4().hex, config.spec.build(), config.log)
         self._shards, self._stop = shards, threading.Event()
         self._worker = IngestWorker(
@@ -91,12 +90,11 @@ class ReplayProcess:
 
     def __init__(self, config: Config, shard: str) -> None:
         index = int(shard.rpartition("-")[2])
-        self._workers = [f"ingest-{i}" for i in range(config.ingest.num_workers)]
-        self._lock = threading.Lock()
+        self._root, self._lock = config.log_root, threading.Lock()
         self._buffer = ReplayBuffer(
             config, seed=index, read_log=functools.partial(commits_of_shard, config.log_root, index, config.replay.num_shards)
         )
-        self._buffer.refill(self._workers, inserted_ms=clock_ms())
+        self._buffer.refill(live_workers(self._root), inserted_ms=clock_ms())
 
     def status(self) -> dict[str, Any]:
         """Sizes and lineage."""
@@ -107,10 +105,15 @@ class ReplayProcess:
         with self._lock:
             self._buffer.apply(worker, commit, rows, inserted_ms=clock_ms())
 
-    def contents(self, step_ids: Sequence[str]) -> dict[str, Any]:
-        """See `contents_of`, after reading what the logs hold beyond what arrived."""
+    def catch_up(self) -> None:
+        """Read what the logs hold beyond what arrived."""
         with self._lock:
-            self._buffer.catch_up(self._workers, inserted_ms=clock_ms())
+            self._buffer.catch_up(live_workers(self._root), inserted_ms=clock_ms())
+
+    def contents(self, step_ids: Sequence[str]) -> dict[str, Any]:
+        """See `contents_of`, after `catch_up`."""
+        self.catch_up()
+        with self._lock:
             return contents_of(self._buffer, step_ids)
 
 
@@ -142,7 +145,7 @@ class ProcessFleet:
     restarts_itself = False
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self.workers = [f"ingest-{i}" for i in range(config.ingest.num_workers)]
+        self.workers = list(dict.fromkeys(owners_of(config).values()))
         self.shards = [f"replay-{i}" for i in range(config.replay.num_shards)]
         self.others: list[str] = []
         self.folder = folder
@@ -151,7 +154,7 @@ class ProcessFleet:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._remotes: dict[str, Remote] = {}
         self._replaced: list[subprocess.Popen[bytes]] = []
-        (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
+        self._write_config()
 
     def start(self, name: str) -> None:
         """Start one and wait until it answers.
@@ -172,6 +175,25 @@ class ProcessFleet:
             if time.monotonic() > deadline:
                 raise LoopError(f"{name} does not come up, exit status {process.poll()}: {self.said(name)}")
             time.sleep(0.05)
+
+    def _write_config(self) -> None:
+        (self.folder / "config.json").write_text(self.config.model_dump_json(), encoding="utf-8")
+
+    def deal(self, num_workers: int) -> None:
+        """Kill all workers and start another number of them, as a start of `esrl ingest` does."""
+        for name in self.workers:
+            self._processes[name].kill()
+            self.wait_dead(name, START_S)
+        self.config = self.config.model_copy(update={"ingest": self.config.ingest.model_copy(update={"num_workers": num_workers})})
+        self._write_config()
+        owners = owners_of(self.config)
+        deal_partitions(self.config.log_root, self.config.spec.build(), owners, incarnation=uuid.uuid4().hex, committed_ms=clock_ms())
+        for shard in self.shards:
+            self.ask(shard, "catch_up", timeout_s=START_S)
+        workers = list(dict.fromkeys(owners.values()))
+        for name in workers:
+            self.start(name)
+        self.workers = workers  # as a whole: another thread looks at it
 
     def status(self, name: str) -> dict[str, Any] | None:
         """Of one part; None while it does not answer.

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from kafka import KafkaConsumer, TopicPartition
 
-from esrl_ray.cli.chaos.compare import Report, compare_steps, problems_of, shard_differences, tail_of
+from esrl_ray.cli.chaos.compare import Report, compare_steps, ids_of, problems_of, shard_differences
 from esrl_ray.cli.chaos.faults import Fault, Faults
 from esrl_ray.cli.chaos.fleet import Fleet
 from esrl_ray.cli.chaos.load import Load
@@ -32,7 +32,7 @@ from esrl_ray.config import (
 from esrl_ray.errors import LoopError
 from esrl_ray.reward import BehaviourConfig, RewardConfig, RewardGroup
 from streaming.broker import DEAD_LETTER_SUFFIX, EmbeddedBroker, end_offsets, ensure_topics
-from streaming.partitions import rows_of_shard
+from streaming.partitions import live_workers, rows_of_shard
 from streaming.session_state import DECISIONS, FEEDBACK
 from streaming.steplog import commit_history, read_commits, read_steps
 from streaming.steptable import step_schema
@@ -173,7 +173,7 @@ def _report(
     config, planned = fleet.config, load.count()
     root = config.log_root
     expected, expected_ledger, refused = fault_free(config, read_topics(config.kafka, ends), producing.barriers)
-    logs = {name: [rows for _, rows in read_commits(root, name)] for name in fleet.workers}
+    logs = {name: [rows for _, rows in read_commits(root, name)] for name in live_workers(root)}
     steps = read_steps(root)
     difference = compare_steps(expected, steps, pa.concat_tables([step_schema().empty_table(), *(t for log in logs.values() for t in log)]))
     ledger: dict[str, Counter[str]] = {DECISIONS: Counter(), FEEDBACK: Counter()}
@@ -183,10 +183,10 @@ def _report(
     letters = _dead_letters(config.kafka)
     shards = {}
     for i, shard in enumerate(fleet.shards):
-        own = [[rows_of_shard(rows, i, len(fleet.shards)) for rows in log] for log in logs.values()]
-        tail = [step_id for log in own for step_id in tail_of(log, config.replay.capacity)]
+        own = {name: ids_of(rows_of_shard(rows, i, len(fleet.shards)) for rows in log) for name, log in logs.items()}
+        contents = fleet.ask(shard, "contents", [step_id for ids in own.values() for step_id in ids], timeout_s=DRAIN_S)
         lineage = {name: len(log) - 1 for name, log in logs.items()}
-        shards[shard] = shard_differences(fleet.ask(shard, "contents", tail, timeout_s=DRAIN_S), tail, steps, lineage)
+        shards[shard] = shard_differences(contents, own, steps, lineage, capacity=config.replay.capacity)
     in_topics: Counter[str] = Counter()
     for (topic, _), end in ends.items():
         in_topics[DECISIONS if topic == config.kafka.decisions_topic else FEEDBACK] += end
