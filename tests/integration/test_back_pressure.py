@@ -43,7 +43,7 @@ class Parts:
         self.config, self.root = config, config.log_root
         self.store = actors.spawn("store", PolicyStoreActor, folder / "policies", config, max_concurrency=100)
         read_log = functools.partial(read_commits, self.root)
-        self.shard = actors.spawn("shard", ChaosReplayShard, config, 0, read_log, clock_ms, [WORKER])
+        self.shard = actors.spawn("shard", ChaosReplayShard, config, 0, read_log, clock_ms, lambda: [WORKER])
         self.worker = actors.spawn("worker", StallingIngestPart, config, WORKER, [self.shard], max_concurrency=4)
         self.learner = actors.spawn("learner", LearnerPart, config, self.store, [self.shard], max_concurrency=4)
         self.pids = {part: int(self.status(part)["pid"]) for part in (self.shard, self.learner)}
