@@ -221,9 +221,17 @@ def test_serve_deploy_ingest_and_job_submit_make_one_loop(cluster: Cluster, brok
 
     stopped = cluster.run("ray", "job", "stop", "--address", cluster.dashboard, "learn")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    ingest.terminate()
-    assert ingest.wait(90) == 0, ingest_log.read_text()[-3000:]
-    assert "stopped after the last commit" in ingest_log.read_text()
+    drained = cluster.run("esrl", "ingest", "--drain", "ingest-0", "--config", "configs/online.yaml", *sets(values))
+    assert "ingest-0 is drained at commit" in drained.stdout, drained.stdout + drained.stderr
+    assert ingest.wait(90) == 0 and "all workers are drained" in ingest_log.read_text(), ingest_log.read_text()[-3000:]
+    more_log = tmp_path / "more.log"
+    more = cluster.start("esrl", "ingest", "--config", "configs/online.yaml", *sets([*values, "ingest.num_workers=2"]), log=more_log)
+    deadline = time.monotonic() + 90
+    while "ingest-1 " not in more_log.read_text():
+        assert more.poll() is None and time.monotonic() < deadline, more_log.read_text()[-3000:]
+        time.sleep(0.5)
+    more.terminate()
+    assert more.wait(90) == 0 and "stopped after the last commit" in more_log.read_text(), more_log.read_text()[-3000:]
     left = json.loads(cluster.run("esrl", "status", "--config", "configs/online.yaml", *sets(values), "--json").stdout)
     assert left["workers"]["ingest-0"]["source"] == "from the log" and left["workers"]["ingest-0"]["commit"] > 0
     shown = cluster.run("esrl", "log", "show", "--config", "configs/online.yaml", *sets(values))
