@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -76,7 +77,7 @@ def restore_checkpoint(algorithm: EnhancedRL, folder: Path, config: Config) -> P
                 raise LoopError(
                     f"a checkpoint has learnt the reward {progress.reward_digest}, this deployment's is {reward_digest}",
                     str(path),
-                    "move the folder away to learn anew from the log's rewards; the current policy serves meanwhile",
+                    "move the folder away, or name another, to learn anew",
                 )
             algorithm.restore_from_path(str(path))
         except LoopError:
@@ -89,6 +90,27 @@ def restore_checkpoint(algorithm: EnhancedRL, folder: Path, config: Config) -> P
     if numbers:
         raise LoopError(f"none of {len(numbers)} checkpoints can be read", str(folder), "delete the folder to learn from the start")
     return None
+
+
+def set_aside_other_reward(folder: Path, config: Config) -> Path | None:
+    """Move checkpoints that have learnt another reward out of the way; their new folder, or None when there are none.
+
+    What their critics know is wrong now, and their actor stands in the policies that they published.
+    """
+    progress = next((found for number in reversed(_numbers(folder)) if (found := _read_progress(folder / f"{number:08d}"))), None)
+    if progress is None or progress.spec_digest != config.spec.build().digest or progress.reward_digest == config.reward.digest:
+        return None
+    name = f"{folder.name}-reward-{progress.reward_digest}"
+    aside = next(path for n in count(1) if not (path := folder.with_name(name if n == 1 else f"{name}-{n}")).exists())
+    folder.rename(aside)
+    return aside
+
+
+def _read_progress(checkpoint: Path) -> Progress | None:
+    try:
+        return msgspec.json.decode((checkpoint / PROGRESS_FILE).read_bytes(), type=Progress)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def module_folder(checkpoint: Path) -> Path:

@@ -25,7 +25,7 @@ from esrl_ray.config import Config
 from esrl_ray.errors import LearnersLost, LoopError, PolicyRejected
 from esrl_ray.evaluation.second_tier import ReadNewest, SecondTierVerdict
 from esrl_ray.learning.algorithm import EnhancedRL, learner_results
-from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
+from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint, set_aside_other_reward
 from esrl_ray.learning.judging import Judging
 from esrl_ray.learning.learner import GRADIENT_STEPS
 from esrl_ray.learning.rounds import fit_scales, next_round
@@ -148,12 +148,17 @@ class TrainingLoop:
 
     def _resume(self, algorithm: EnhancedRL, stop: threading.Event) -> None:
         """Newest checkpoint, then whatever the store knows better."""
+        aside = set_aside_other_reward(self._checkpoints, self._config)
         restored = restore_checkpoint(algorithm, self._checkpoints, self._config)
         self._progress = restored or Progress(self._spec.digest, self._config.reward.digest)
         self._gradient_steps = self._published_steps = algorithm.published()[2]
         self._first, self._lineage = None, algorithm.lineage
         self._learner_pids = algorithm.each_learner(lambda _: os.getpid())
-        self._shards.resume(self._progress.limiters)
+        if aside is None:
+            self._shards.resume(self._progress.limiters)
+        else:
+            log_change(_logger, "checkpoints have learnt another reward, learning begins anew", {"aside": aside})
+            self._shards.start_anew()
         algorithm.draw_from(self._shards.handles)
         while not stop.is_set():
             self._shards.watch(self._telemetry)

@@ -49,6 +49,10 @@ class Shards:
         self.limiters = list(limiters) or [None] * len(self.handles)
         self._began_ms = [None] * len(self.handles)
 
+    def start_anew(self) -> None:
+        """Let all that the shards hold be drawn again, as if it had just come: for a learner that must learn it anew."""
+        self.resume([{"inserted": 0, "sampled": 0, "budget": 0.0}] * len(self.handles))
+
     def watch(self, telemetry: Telemetry) -> None:
         """Look at every shard; one that has begun anew gets its totals back."""
         for i, shard in enumerate(self.handles):

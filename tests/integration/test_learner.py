@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +26,14 @@ from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError, LoopError
 from esrl_ray.learning.algorithm import EnhancedRL, EnhancedRLConfig, learner_results
-from esrl_ray.learning.checkpoint import Progress, module_folder, restore_checkpoint, save_checkpoint
+from esrl_ray.learning.checkpoint import (
+    PROGRESS_FILE,
+    Progress,
+    module_folder,
+    restore_checkpoint,
+    save_checkpoint,
+    set_aside_other_reward,
+)
 from esrl_ray.learning.feed import BatchFeed, to_multi_agent_batch
 from esrl_ray.learning.module import EnhancedRLModule
 from esrl_ray.vocabulary import Floats, TransitionBatch
@@ -229,6 +237,28 @@ def test_an_older_state_can_be_set_in_memory() -> None:
     assert algorithm.published()[2] == 8
     assert algorithm.lineage == {"ingest-0": 0}
     algorithm.stop()
+
+
+def test_checkpoints_that_have_learnt_another_reward_are_moved_aside_each_time_under_a_name_of_its_own(tmp_path: Path) -> None:
+    first, second = deployment(), deployment(0, "reward.scale=5.0")
+    folder = tmp_path / "checkpoints"
+
+    def save(config: Config) -> None:
+        for number, whole in ((1, True), (2, False)):
+            (folder / f"{number:08d}").mkdir(parents=True)
+            if whole:
+                progress = Progress(config.spec.build().digest, config.reward.digest)
+                (folder / f"{number:08d}" / PROGRESS_FILE).write_bytes(msgspec.json.encode(progress))
+
+    assert set_aside_other_reward(folder, first) is None
+    save(first)
+    assert set_aside_other_reward(folder, first) is None
+    assert set_aside_other_reward(folder, deployment(0, "spec.bias_span=0.4", "reward.scale=5.0")) is None  # that is refused
+    for suffix in ("", "-2", "-3"):
+        assert set_aside_other_reward(folder, second) == tmp_path / f"checkpoints-reward-{first.reward.digest}{suffix}"
+        assert not folder.exists() and set_aside_other_reward(folder, second) is None
+        save(first)
+    assert len(list(tmp_path.rglob(PROGRESS_FILE))) == 4
 
 
 def test_the_newest_whole_checkpoint_is_used_and_two_are_kept(tmp_path: Path) -> None:

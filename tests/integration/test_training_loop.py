@@ -205,6 +205,22 @@ def test_the_loop_warms_up_publishes_ends_rounds_and_resumes(running: Running) -
     running.stop()
 
 
+def test_a_loop_with_another_reward_begins_anew_from_what_is_logged_and_keeps_the_old_checkpoints(running: Running) -> None:
+    running.until(lambda: running.status("published") >= 1)
+    running.stop()
+    before, old = running.loop.status(), running.config
+    running.config = load_config("configs/demo.yaml", [*SET, "reward.scale=3.0"])
+    ray.get(running.shard.refill.remote())  # as new shards do
+    running.start()
+    running.until(lambda: running.loop.status()["state"] == "learning" and running.status("gradient_steps") > 0, num_steps=0)
+    running.until(lambda: running.status("published") >= 1, num_steps=0)  # on no more than the steps that were there
+    assert running.status("version") > before["version"] and running.status("round") == before["round"]
+    assert list((running.folder / f"checkpoints-reward-{old.reward.digest}").glob("0*"))
+    running.stop()
+    anew = msgspec.json.decode((max((running.folder / "checkpoints").glob("0*")) / PROGRESS_FILE).read_bytes(), type=Progress)
+    assert anew.reward_digest == running.config.reward.digest != old.reward.digest
+
+
 def test_the_loop_goes_on_after_kill_9_of_the_shard_and_of_the_store(running: Running) -> None:
     running.until(lambda: running.status("published") >= 2)
     pid = ray.get(running.shard.status.remote())["pid"]

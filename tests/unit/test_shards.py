@@ -67,6 +67,20 @@ def telemetry() -> Telemetry:
     return cast(Telemetry, SimpleNamespace(gauge=lambda *_, **__: None))
 
 
+def test_a_learner_that_begins_anew_may_draw_all_that_a_refilled_shard_holds_and_once_only(place: Place, telemetry: Telemetry) -> None:
+    place.write(5)
+    place.restart()
+    assert place.totals["budget"] == 0
+    shards = Shards([place])
+    shards.start_anew()
+    shards.watch(telemetry)
+    assert place.totals == {"inserted": 5, "sampled": 0, "budget": 5 * RATIO}
+    assert place.shard.sample_batch(8) is not None
+    place.write(1)
+    shards.watch(telemetry)
+    assert place.totals == {"inserted": 6, "sampled": 8, "budget": 6 * RATIO - 8}
+
+
 def test_a_shard_that_restarts_goes_on_with_its_budget_and_that_of_what_came_meanwhile(place: Place, telemetry: Telemetry) -> None:
     shards = Shards([place])
     place.write(5)
