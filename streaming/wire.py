@@ -8,7 +8,9 @@ Records are keyed by the session id; Kafka's default murmur2 partitioner gives b
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any
 
 import msgspec
@@ -25,6 +27,7 @@ MAX_ID_BYTES, MAX_EVENT_BYTES, MAX_PAIRS = 128, 4 * 2**20, 1_000
 SHORT = MAX_ID_BYTES // 4
 """Text of at most so many characters cannot have too many bytes: most ids need no closer look."""
 FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")
+_FLOATS = ("states", "scores", "actions", "anchor_actions", "fused_scores")
 
 Array = bytes | list[float | list[float]]
 
@@ -109,21 +112,23 @@ def encode(event: Event) -> bytes:
     return _encoder.encode(event)
 
 
-def _array(value: Array, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> np.ndarray:
+def _packed(value: Any, shape: tuple[int, ...], name: str, code: str = "f") -> bytes:
+    """The bytes of an array: a list of numbers or of rows becomes four little-endian bytes for each number."""
     if isinstance(value, bytes):
         if len(value) != 4 * math.prod(shape):
             raise WireError(f"{name} has {len(value)} bytes, expected 4 for each value of shape {shape}", Refusal.WRONG_WIDTH)
-        return np.frombuffer(value, dtype).reshape(shape)
-    if len(value) not in (shape[0], math.prod(shape)):  # before a hostile list is converted
-        raise WireError(f"{name} has {len(value)} rows or values, expected shape {shape}", Refusal.WRONG_WIDTH)
+        return value
+    nested = len(shape) > 1 and bool(value) and isinstance(value[0], list)
+    if len(value) != (shape[0] if nested else math.prod(shape)):
+        raise WireError(f"{name} has {len(value)} {'rows' if nested else 'values'}, expected shape {shape}", Refusal.WRONG_WIDTH)
+    rows, width = (value, shape[1]) if nested else ([value], len(value))
+    pack = struct.Struct(f"<{width}{code}").pack  # numpy needs three times as long for a list
     try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
-            array = np.asarray(value, dtype)
-    except (ValueError, OverflowError) as error:
-        raise WireError(f"{name}: {error}, expected {dtype} of shape {shape}", Refusal.WRONG_WIDTH) from error
-    if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
-        raise WireError(f"{name} has {array.size} values in shape {array.shape}, expected {shape}", Refusal.WRONG_WIDTH)
-    return array.reshape(shape)
+        return b"".join([pack(*(map(int, row) if code == "i" else row)) for row in rows])
+    except (struct.error, TypeError, ValueError) as error:
+        raise WireError(f"{name}: {error}, expected shape {shape}", Refusal.WRONG_WIDTH) from error
+    except OverflowError as error:
+        raise WireError(f"{name}: {error}", Refusal.NOT_FINITE) from error
 
 
 def _check_ids(**ids: str | None) -> None:
@@ -212,20 +217,28 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
             f"{g} item_ids ({len(set(item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each",
             Refusal.WRONG_WIDTH,
         )
+    shapes = ((g, spec.num_features), (g, k), (g, a), (g, a), (g,))
+    given = (event.states, event.scores, event.actions, event.anchor_actions, event.fused_scores, event.categorical)
+    packed = (*map(_packed, given, shapes, _FLOATS), _packed(event.categorical, (g, spec.num_categorical), "categorical", "i"))
+    if packed != given:  # lists of Python's numbers take eight times the memory
+        event = msgspec.structs.replace(event, **dict(zip((*_FLOATS, "categorical"), packed, strict=True)))
+    floats = np.frombuffer(b"".join(packed[:-1]), FLOAT)
+    if not np.isfinite(floats).all():
+        wrong = [name for name, values in zip(_FLOATS, packed, strict=False) if not np.isfinite(np.frombuffer(values, FLOAT)).all()]
+        raise WireError(f"{wrong[0]} holds a value that is not finite", Refusal.NOT_FINITE)
+    ends = list(accumulate(map(math.prod, shapes)))
+    states, scores, actions, anchor_actions, fused_scores = (
+        floats[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)
+    )
     decoded = DecodedDecision(
         event=event,
-        states=_array(event.states, (g, spec.num_features), FLOAT, "states"),
-        categorical=_array(event.categorical, (g, spec.num_categorical), INT, "categorical"),
-        scores=_array(event.scores, (g, k), FLOAT, "scores"),
-        actions=_array(event.actions, (g, a), FLOAT, "actions"),
-        anchor_actions=_array(event.anchor_actions, (g, a), FLOAT, "anchor_actions"),
-        fused_scores=_array(event.fused_scores, (g,), FLOAT, "fused_scores"),
+        states=states,
+        categorical=np.frombuffer(packed[-1], INT).reshape(g, spec.num_categorical),
+        scores=scores,
+        actions=actions,
+        anchor_actions=anchor_actions,
+        fused_scores=fused_scores,
     )
-    floats = (decoded.states, decoded.scores, decoded.actions, decoded.anchor_actions, decoded.fused_scores)
-    if not np.isfinite(np.concatenate(floats, axis=None)).all():
-        names = ("states", "scores", "actions", "anchor_actions", "fused_scores")
-        wrong = [name for name, array in zip(names, floats, strict=True) if not np.isfinite(array).all()]
-        raise WireError(f"{wrong[0]} holds a value that is not finite", Refusal.NOT_FINITE)
     for c, feature in enumerate(spec.categorical_features):
         codes = decoded.categorical[:, c]
         if codes.min() < 0 or codes.max() >= feature.cardinality:
