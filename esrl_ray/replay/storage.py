@@ -73,14 +73,15 @@ class Storage:
         self.num_cut_pairs += len(place) - int(taken.sum())
         self.num_pairs[slots] = pairs
         self.kept[target] = within[taken]
+        padded = slots[pairs < self._max_pairs]
         for name, column in self.columns.items():
-            column[slots] = 1 if name == "scores" else 0
+            column[padded] = 1 if name == "scores" else 0
             if name == "valid":
                 column[target] = 1
             elif name == "shown":
                 column[target] = shown[taken]
             elif width := column.shape[2]:
-                column[target] = _flat(rows, name).reshape(-1, width)[(source if name == "rewards" else bulky)[taken]]
+                column[target] = _chosen(_flat(rows, name).reshape(-1, width), (source if name == "rewards" else bulky)[taken])
 
     def amend(self, slots: Slots, rows: pa.Table, chosen: Slots) -> None:
         """Set the absolute rewards and shown masks of later revisions.
@@ -146,6 +147,11 @@ def _pairs_of(lengths: Slots, chosen: Slots) -> Slots:
     starts, mine = np.cumsum(lengths) - lengths, lengths[chosen]
     ends = np.cumsum(mine)
     return np.repeat(starts[chosen] - (ends - mine), mine) + np.arange(int(mine.sum()))
+
+
+def _chosen(values: npt.NDArray[np.generic], index: Slots) -> npt.NDArray[np.generic]:
+    """Values by number; no copy of them where all are taken in their order, as of a commit without amendments."""
+    return values if np.array_equal(index, np.arange(len(values))) else values[index]
 
 
 def _flat(rows: pa.Table, name: str) -> npt.NDArray[np.generic]:

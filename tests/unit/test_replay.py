@@ -109,6 +109,17 @@ def test_padding_is_zero_with_scores_one(config: Config) -> None:
     assert (batch["scores"][0, 3] == 1).all() and (batch["states"][0, 3] == 0).all() and (batch["actions"][0, 3] == 0).all()
 
 
+def test_a_slot_that_is_used_again_holds_the_new_step_only(config: Config) -> None:
+    lengths = (4, 3, 6, 2, 4, 4, 4, 1)
+    early = [step(config, chr(97 + i), pairs=length, reward=1.0) for i, length in enumerate(lengths)]
+    late = [step(config, chr(65 + i), pairs=length, reward=2.0) for i, length in enumerate(reversed(lengths))]
+    used_again = buffer_of(config, early, [*late[:3], step(config, "e", revision=1, pairs=4), *late[3:]])  # an amendment between them
+    fresh = buffer_of(config, late)
+    for row in late:
+        for name, column in fresh.step(row.step_id).items():
+            np.testing.assert_array_equal(used_again.step(row.step_id)[name], column, err_msg=f"{name} of {row.step_id}")
+
+
 def test_of_a_step_that_is_too_long_the_shown_pairs_stay(config: Config) -> None:
     buffer = buffer_of(config, [step(config, "a", ended=Ended.TERMINATED, pairs=6, reward=1.0)])
     columns = buffer.step("a")
