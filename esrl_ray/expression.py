@@ -1,14 +1,14 @@
 """Reward expressions: `0.5 * (watch_s > 10) + 5 * like`, a whitelist of Python's syntax over behaviours, evaluated on whole columns.
 
-There are numbers, behaviours, `+ - *`, division by a number, comparisons (1 or 0), `min`, `max` and `log1p`, which is 0 below 0. So every
-expression has a finite value whatever a client sends, and interval arithmetic says how large it can become.
+There are numbers, behaviours, `+ - *`, division by a number, comparisons (1 or 0), `min`, `max` and `log1p`, which is 0 below 0. Interval
+arithmetic says how large each part can become, in the 32 bits that it is evaluated in: rounding is monotone, so that no value leaves its
+interval, and where all intervals are finite the expression is, whatever a client sends.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-import math
 import operator
 from collections.abc import Callable, Mapping
 from functools import cache, reduce
@@ -19,6 +19,7 @@ import numpy as np
 from esrl_ray.vocabulary import Floats
 
 MAX_LENGTH = 2_000
+MAX_DEPTH = 100  # brackets, signs and summands inside each other: Python's own stack ends at some 300 of them
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -33,6 +34,8 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
+_Interval = tuple[np.float32, np.float32]
+_MOST = float(np.finfo(np.float32).max)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": lambda *values: reduce(np.minimum, values),
     "max": lambda *values: reduce(np.maximum, values),
@@ -65,8 +68,10 @@ def parse(text: str, names: tuple[str, ...]) -> ast.expr:
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, RecursionError, MemoryError) as error:
-        at = f" at column {error.offset}" if isinstance(error, SyntaxError) else ""
+        at = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset is not None else ""
         raise ValueError(f"not an expression{at}: {text!r}; {_ALLOWED}") from error
+    if (depth := _depth(node)) > MAX_DEPTH:
+        raise ValueError(f"{depth} parts inside each other, at most {MAX_DEPTH}: put brackets round halves of a long sum")
     _check(node, names)
     if not used(node):
         raise ValueError(f"{text!r} uses no behaviour")
@@ -100,25 +105,41 @@ def evaluate(node: ast.expr, columns: Mapping[str, Any]) -> Floats:
 
 
 def bounds(node: ast.expr, ranges: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """Smallest and largest value that an expression cannot pass, given the ranges of its behaviours."""
+    """Smallest and largest value that `evaluate` cannot pass, given the ranges of its behaviours.
+
+    Raises:
+        ValueError: a part of the expression can exceed what 32 bits hold, infinity times 0 would be no number.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = _interval(node, {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()})
+    return float(low), float(high)
+
+
+def _interval(node: ast.expr, ranges: Mapping[str, _Interval]) -> _Interval:
+    found = np.float32(0), np.float32(1)  # of a comparison
     match node:
         case ast.Constant(value=int() | float() as number):
-            return float(number), float(number)
+            found = np.float32(number), np.float32(number)
         case ast.Name(id=name):
-            return ranges[name]
+            found = ranges[name]
         case ast.UnaryOp(op=op, operand=operand):
-            low, high = bounds(operand, ranges)
-            return (-high, -low) if isinstance(op, ast.USub) else (low, high)
+            low, high = _interval(operand, ranges)
+            found = (-high, -low) if isinstance(op, ast.USub) else (low, high)
         case ast.BinOp(left=left, op=op, right=right):
-            (a, b), (c, d) = bounds(left, ranges), bounds(right, ranges)
+            (a, b), (c, d) = _interval(left, ranges), _interval(right, ranges)
             c, d = (d, c) if isinstance(op, ast.Sub) else (c, d)
             corners = [(a, c), (b, d), *([(a, d), (b, c)] if isinstance(op, ast.Mult | ast.Div) else [])]
-            values = [float(_ARITHMETIC[type(op)](x, y)) for x, y in corners]
-            return min(values), max(values)
+            values = [_ARITHMETIC[type(op)](x, y) for x, y in corners]
+            found = min(values), max(values)
+        case ast.Compare(left=left, comparators=others):
+            for side in (left, *others):
+                _interval(side, ranges)
         case ast.Call(func=ast.Name(id=name), args=args):
-            lows, highs = zip(*(bounds(argument, ranges) for argument in args), strict=True)
-            return float(_FUNCTIONS[name](*lows)), float(_FUNCTIONS[name](*highs))  # all of them are monotone
-    return 0.0, 1.0  # a comparison
+            lows, highs = zip(*(_interval(argument, ranges) for argument in args), strict=True)
+            found = _FUNCTIONS[name](*lows), _FUNCTIONS[name](*highs)  # all of them are monotone
+    if not np.isfinite(found).all():
+        raise ValueError(f"{ast.unparse(node)!r} can exceed {_MOST:.1e}, the most that 32 bits hold, with the caps of the behaviours")
+    return found
 
 
 def summands(node: ast.expr) -> list[tuple[float, ast.expr]]:
@@ -155,13 +176,26 @@ def _times(factor: float, node: ast.expr) -> list[tuple[float, ast.expr]]:
     return [(factor * coefficient, part) for coefficient, part in summands(node)]
 
 
+def _may_be_zero(node: ast.expr) -> bool:
+    low, high = bounds(node, {})
+    return low <= 0 <= high
+
+
+def _depth(node: ast.AST) -> int:
+    """Levels of parts inside each other, without going down by calls."""
+    levels, level = 0, [node]
+    while level := [inner for outer in level for inner in ast.iter_child_nodes(outer)]:
+        levels += 1
+    return levels
+
+
 def _check(node: ast.expr, names: tuple[str, ...]) -> None:
     """Refuse what is not on the list, and what could give no finite number."""
     at = f"at column {node.col_offset + 1}"
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
-                raise ValueError(f"{number} {at} is no number of 32 bits")
+            if not abs(number) <= _MOST:
+                raise ValueError(f"{str(number)[:20]} {at} is no number of 32 bits")
         case ast.Name(id=name):
             if name not in names:
                 near = difflib.get_close_matches(name, [*names, *_FUNCTIONS], 1)
@@ -171,7 +205,7 @@ def _check(node: ast.expr, names: tuple[str, ...]) -> None:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
             _check(left, names)
             _check(right, names)
-            if isinstance(op, ast.Div) and (used(right) or float(evaluate(right, {})) == 0.0):
+            if isinstance(op, ast.Div) and (used(right) or _may_be_zero(right)):
                 raise ValueError(f"division by {ast.unparse(right)!r} {at}: divide by a number other than 0")
         case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARISONS for op in ops):
             for side in (left, *others):

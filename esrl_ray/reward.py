@@ -24,7 +24,7 @@ class BehaviourConfig(Section):
 
     name: str = Field(description="Name, as in feedback events.")
     combine: Literal["sum", "max", "last"] = Field("max", description="How repeats combine; `last` is by event time.")
-    cap: float = Field(1.0, gt=0, description="Values beyond +- this are cut to it.")
+    cap: float = Field(1.0, gt=0, allow_inf_nan=False, description="Values beyond +- this are cut to it.")
 
 
 class RewardGroup(Section):
@@ -44,7 +44,7 @@ class RewardConfig(Section):
 
     behaviours: tuple[BehaviourConfig, ...] = Field((BehaviourConfig(name="click"),), min_length=1, description="Declared behaviours.")
     groups: tuple[RewardGroup, ...] = Field((RewardGroup(name="all", expression="click"),), min_length=1, description="Reward groups (q).")
-    scale: float = Field(1.0, gt=0, description="All rewards are divided by this, so that a list's reward is about 1.")
+    scale: float = Field(1.0, ge=1e-20, le=1e20, description="All rewards are divided by this, so that a list's reward is about 1.")
 
     @model_validator(mode="after")
     def _declared(self) -> Self:

@@ -20,7 +20,7 @@ ENVIRONMENT = {
 }
 """Environment variables that carry secrets, and the keys that they set; with `_FILE` appended they name a file that holds the secret."""
 MASK = "*" * 10
-"""How pydantic shows a secret; as a value it means none, so that what `esrl config show` prints can be loaded."""
+"""How pydantic shows a secret; as a value it needs the secret in the environment: what `esrl config show` prints must not turn one off."""
 TAG_DIGITS, PSEUDONYM_DIGITS = 16, 32
 
 
@@ -37,26 +37,41 @@ def add_secrets(tree: dict[str, Any], environment: Mapping[str, str]) -> None:
     """Put the environment's secrets into a configuration's sections, before they are validated.
 
     Raises:
-        ConfigError: a secret stands in the tree already (files are shown around, arguments are in every process list), two sources
-            name one, or a file cannot be read.
+        ConfigError: a secret stands in the tree already (files are shown around, arguments are in every process list) or its mask does and
+            there is none, two sources name one, or a source cannot be read or holds nothing.
     """
     for name, key in ENVIRONMENT.items():
         section, field = key.split(".")
         inside = tree.setdefault(section, {})
         if not isinstance(inside, dict):
             continue  # validation will say so
-        if (written := inside.pop(field, None)) and written not in (MASK, [MASK] * len(written)):
+        written = inside.pop(field, None)
+        secret = _secret_of(name, key, environment)
+        if written == MASK or (isinstance(written, list) and set(map(str, written)) == {MASK}):
+            if not secret:
+                raise ConfigError(
+                    "the secret is masked, without it this would be off", key, f"set {name} or {name}_FILE, or take the key out"
+                )
+        elif written not in (None, "", []):
             raise ConfigError("a secret must not be written in a file or an argument", key, f"set {name} or {name}_FILE")
-        secret, path = environment.get(name), environment.get(f"{name}_FILE")
-        if secret and path:
-            raise ConfigError(f"{name} and {name}_FILE are both set", key, "unset one")
-        if path:
-            try:
-                secret = Path(path).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{name}_FILE names {path}, which cannot be read: {type(error).__name__}", key) from None
         if secret:
             inside[field] = secret
+
+
+def _secret_of(name: str, key: str, environment: Mapping[str, str]) -> str:
+    """The secret of a variable or its file; empty when neither is set."""
+    secret, path = environment.get(name, ""), environment.get(f"{name}_FILE")
+    if secret and path:
+        raise ConfigError(f"{name} and {name}_FILE are both set", key, "unset one")
+    if path:
+        try:
+            secret = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}_FILE names {path}, which cannot be read: {type(error).__name__}", key) from None
+    if (path or secret) and not secret.replace(",", " ").strip():  # a list of keys has commas
+        source = f"{name}_FILE names {path}, which" if path else name
+        raise ConfigError(f"{source} holds no secret", key, "write it there, or unset the variable to go without")
+    return secret
 
 
 def signed(decision_id: str, session_id: str, keys: Sequence[SecretStr]) -> str:

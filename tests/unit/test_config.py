@@ -187,6 +187,18 @@ def test_secrets_come_from_files_too_and_several_keys_from_one(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
+@pytest.mark.parametrize("content", ["", "\n", " , \n"])
+def test_a_source_that_holds_no_secret_does_not_turn_it_off(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "secret").write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name}_FILE names .*secret, which holds no secret .*{ENVIRONMENT[name]}.*unset"):
+        load_config(None, environment={f"{name}_FILE": str(tmp_path / "secret")})
+    if content:
+        with pytest.raises(ConfigError, match=f"{name} holds no secret"):
+            load_config(None, environment={name: content})
+    assert load_config(None, environment={name: "", f"{name}_FILE": ""}) == Config(), "an empty variable is one that is not set"
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
 def test_a_secret_in_a_file_an_argument_or_an_error_is_refused_and_not_shown(tmp_path: Path, name: str) -> None:
     key = ENVIRONMENT[name]
     section, field = key.split(".")
@@ -195,6 +207,9 @@ def test_a_secret_in_a_file_an_argument_or_an_error_is_refused_and_not_shown(tmp
         with pytest.raises(ConfigError, match=key) as caught:
             load_config(path, overrides)
         assert "marker" not in str(caught.value)
+    for value in ("12345", "0", "[1, 2]", "{a: b}", "1e3"):
+        with pytest.raises(ConfigError, match=f"must not be written.*{key}"):
+            load_config(None, [f"{key}={value}"])
     result = CliRunner().invoke(config_group, ["show"], env={name: "marker-marker-marker"})
     assert result.exit_code == 0 and "marker" not in result.output
 
@@ -242,7 +257,7 @@ def test_config_schema_prints_the_json_schema() -> None:
     assert json.loads(result.stdout)["properties"].keys() == Config.model_fields.keys()
 
 
-def test_config_show_prints_effective_values_that_load_again_without_secrets(tmp_path: Path) -> None:
+def test_config_show_prints_effective_values_that_load_again_with_the_secrets(tmp_path: Path) -> None:
     arguments = ["show", "--config", str(CONFIGS / "demo.yaml"), "--set", "learner.gamma=0.95"]
     result = CliRunner().invoke(config_group, arguments, env=SECRETS)
     assert result.exit_code == 0
@@ -250,7 +265,11 @@ def test_config_show_prints_effective_values_that_load_again_without_secrets(tmp
     shown = yaml.safe_load(result.stdout)
     assert shown["learner"]["gamma"] == 0.95
     assert shown["kafka"]["sasl_password"] == "**********"
-    loaded = load_config(written(tmp_path, result.stdout))
+    loaded = load_config(written(tmp_path, result.stdout), environment=SECRETS)
+    assert loaded.serve == load_config(None, environment=SECRETS).serve
+    for key, secret in SECRETS.items():  # each alone: without the other one the endpoint, or the login, would be open
+        with pytest.raises(ConfigError, match="the secret is masked, without it this would be off"):
+            load_config(written(tmp_path, result.stdout), environment={key: secret})
     assert loaded.learner == load_config(CONFIGS / "demo.yaml", ["learner.gamma=0.95"]).learner
     as_json = CliRunner().invoke(config_group, [*arguments, "--json"], env=SECRETS)
     assert json.loads(as_json.stdout) == shown

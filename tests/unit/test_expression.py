@@ -66,7 +66,7 @@ def test_no_value_is_beyond_the_bounds_or_not_finite(text: str, rows: list[tuple
     node = parse(text, NAMES)
     low, high = bounds(node, dict.fromkeys(NAMES, (-9.0, 9.0)))
     values = evaluate(node, dict(zip(NAMES, np.array(rows, np.float32).T, strict=True)))
-    room = 1e-3 * max(1.0, abs(low), abs(high))
+    room = 1e-6 * max(1.0, abs(low), abs(high))  # columns of log1p may differ from single numbers in the last bit
     assert np.isfinite(values).all() and low - room <= values.min() and values.max() <= high + room
 
 
@@ -98,6 +98,13 @@ def test_no_value_is_beyond_the_bounds_or_not_finite(text: str, rows: list[tuple
         ("min(click, like, key=like)", "not allowed"),
         ("click if (x := 1) else 0", "not allowed"),
         ("click + " * 400 + "click", "characters, at most"),
+        ("1" * 401 + " * click", "11111111111111111111 at column 1 is no number of 32 bits"),
+        ("-" * 1_500 + "like", "1501 parts inside each other, at most 100"),
+        ("+".join(["like"] * 300), "300 parts inside each other"),
+        ("(" * 190 + "like" + ")" * 200, "not an expression"),
+        ("click\0", "not an expression"),
+        ("click / (1 > 0)", "divide by a number other than 0"),
+        ("click / (16777217 - 16777216 - 0)", "divide by a number other than 0"),
     ],
 )
 def test_nothing_else_is_an_expression(text: str, reason: str) -> None:
@@ -109,6 +116,28 @@ def reward(expression: str, **more: float) -> RewardConfig:
     """One group over three behaviours."""
     behaviours = tuple(BehaviourConfig(name=name, cap=100.0) for name in NAMES)
     return RewardConfig(behaviours=behaviours, groups=(RewardGroup(name="all", expression=expression),), **more)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0 * (1e30 * click * 1e30)",
+        "max(min(1e30 * click * 1e30 - 1e30 * like * 1e30, 1), -1)",
+        "min(log1p(click * 1e30 * 1e30), 1)",
+        "(click * 1e38 > 1) * like",
+        "0 * ((click + 1e9 - 1e9) * 6e36)",  # 40 + 1e9 is 1e9 + 64 in 32 bits
+        "click * (1e30 * 1e30) * 0",
+        "like / 1e-40 * 1e-40",
+    ],
+)
+def test_a_part_beyond_32_bits_is_refused_though_the_whole_would_be_small(text: str) -> None:
+    with pytest.raises(ValueError, match=r"groups\.0\.expression \(all\): .* can exceed 3\.4e\+38"):
+        reward(text)
+
+
+def test_a_long_sum_in_brackets_and_a_deep_one_are_evaluated() -> None:
+    for text in ("+".join(["(" + "+".join(["like"] * 20) + ")"] * 15), "-" * 98 + "like"):
+        assert reward(text).digest and len(rewards_of(np.ones((1, 3), np.float32), reward(text)))
 
 
 def test_the_digest_tells_rewards_apart_and_not_how_they_are_written() -> None:
