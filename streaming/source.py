@@ -233,14 +233,14 @@ class Source:
             if (position := self._consumer.position(tp, timeout_ms=0)) is not None:
                 self._again[tp] = position
         self._note_highs(self._again)
+        if self._down_since_s is not None:
+            self._refresh_ends()
         batches = self._consumer.poll(timeout_ms=timeout_ms)
         self._again |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
         records = [record for tp, batch in batches.items() for record in batch if record.offset < self._positions[tp]]
         if any(position >= self._positions[tp] for tp, position in self._again.items()):
             self._again = {tp: position for tp, position in self._again.items() if position < self._positions[tp]}
             self._assign(self._again or self._positions)
-        if self._down_since_s is not None:
-            self._refresh_ends()
         return records
 
     def _note_highs(self, partitions: Iterable[Any]) -> None:

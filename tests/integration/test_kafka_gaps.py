@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka.errors import KafkaTimeoutError
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import StreamError
@@ -85,6 +86,30 @@ def test_records_below_the_positions_are_read_again_first_and_then_it_goes_on(ka
         late.poll(100)
     for closed in (producer, source, at_the_end, late):
         closed.close()
+
+
+def test_what_is_read_again_is_not_lost_when_the_ends_cannot_be_asked_after_an_outage(
+    kafka_config: KafkaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic, asked = kafka_config.decisions_topic, list[str]()
+    with closing(connect(KafkaProducer, kafka_config)) as producer:
+        for _ in range(8):
+            producer.send(topic, value=b"x", partition=0)
+    with closing(Source(kafka_config, ALL, {f"{topic}/0": 8}, max_poll_records=2)) as source:
+        source.read_again({f"{topic}/0": 2})
+        again = source.poll(0)
+        source._go_down("the broker was gone", timeout_ms=0)
+        end_offsets = source._consumer.end_offsets
+
+        def fail_once(*args: object, **options: object) -> object:
+            asked.append("ends")
+            if len(asked) == 1:
+                raise KafkaTimeoutError("ListOffsets")
+            return end_offsets(*args, **options)
+
+        monkeypatch.setattr(source._consumer, "end_offsets", fail_once)
+        _until(lambda: again.extend(source.poll(100)) or not source.reads_again)
+        assert len(asked) > 1 and [record.offset for record in again] == [2, 3, 4, 5, 6, 7]
 
 
 def test_records_deleted_in_front_of_a_running_reader_are_an_error_too(kafka_config: KafkaConfig) -> None:
