@@ -2,7 +2,8 @@
 
 kafka-python 3.0.12 needs 6.5 us a record: some thirty calls for a dozen numbers, an object in between, headers decoded each time. Here each
 record is one tuple, and headers, the same bytes almost every time, are looked up. Checksums are checked as before. What follows a batch of
-a transaction, or of an old message format, goes kafka-python's own way.
+an old message format goes kafka-python's own way. Its own reading of headers fails on a name that is not UTF-8, which any producer may
+send and no broker refuses: one such record would hold up its partition for good.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from kafka.consumer.fetcher import Fetcher
+from kafka.consumer.fetcher import Fetcher, IsolationLevel
 from kafka.errors import CorruptRecordError
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.util import decode_varint
@@ -23,6 +24,7 @@ ATTEMPTS = "attempts"
 _MAGIC, _ATTRIBUTES = 16, 22  # where these bytes stand in a batch
 _OF_TRANSACTIONS = DefaultRecordBatch.TRANSACTIONAL_MASK | DefaultRecordBatch.CONTROL_MASK
 _USUAL_BYTES = 128  # of headers that are worth remembering
+_ATTEMPTS_DIGITS = 6  # more are none of ours; Python refuses to read 5,000
 
 
 class Record(NamedTuple):
@@ -44,7 +46,7 @@ class FetchedRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
     def _unpack_records(self, tp: Any, fetched: Any, *deserializers: None) -> Iterator[Record]:
         last = None
         while (ahead := fetched._next_slice) is not None:
-            if len(ahead) < DefaultRecordBatch.HEADER_STRUCT.size or ahead[_MAGIC] != 2 or ahead[_ATTRIBUTES] & _OF_TRANSACTIONS:
+            if len(ahead) < DefaultRecordBatch.HEADER_STRUCT.size or ahead[_MAGIC] != 2:
                 for raw in super()._unpack_records(tp, fetched, *deserializers):
                     yield Record(tp.topic, tp.partition, raw.offset, raw.timestamp, raw.key, raw.value, *_told(raw.headers))
                 return
@@ -52,6 +54,9 @@ class FetchedRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
             if not last.validate_crc():
                 raise CorruptRecordError(f"{tp.topic}[{tp.partition}]@{last.base_offset}: the batch fails its checksum")
             self.leader_epoch = last.leader_epoch
+            if ahead[_ATTRIBUTES] & _OF_TRANSACTIONS and self._is_unread(last):
+                self.next_fetch_offset = last.next_offset
+                continue
             self.bytes_read += last.size_in_bytes
             self.records_read += last.records_count
             for record in _records(tp.topic, tp.partition, last):
@@ -60,6 +65,16 @@ class FetchedRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
         if last is not None:
             self.next_fetch_offset = last.next_offset  # compaction may have removed the last record
         self.drain()
+
+    def _is_unread(self, batch: DefaultRecordBatch) -> bool:
+        """Whether a batch marks the end of a transaction, or belongs to one that was aborted."""
+        if self.isolation_level == IsolationLevel.READ_COMMITTED:
+            self._consume_aborted_transactions_up_to(batch.last_offset)
+            if self._contains_abort_marker(batch):
+                self.aborted_producer_ids.discard(batch.producer_id)
+            elif self._is_batch_aborted(batch):
+                return True
+        return bool(batch.is_control_batch)
 
 
 def _records(topic: str, partition: int, batch: DefaultRecordBatch) -> list[Record]:
@@ -97,7 +112,7 @@ def _headers(told: bytes) -> tuple[bytes, int]:
     count, at = decode_varint(told, at)
     for _ in range(count):
         size, at = decode_varint(told, at)
-        name = told[at : at + size].decode()
+        name = told[at : at + size].decode(errors="replace")
         size, at = decode_varint(told, at + size)
         headers.append((name, told[at : at + size] if size >= 0 else None))
         at += max(size, 0)
@@ -114,6 +129,6 @@ def _told(headers: list[tuple[str, bytes | None]]) -> tuple[bytes, int]:
     for name, value in headers:
         if name == "content-type" and value is not None:
             content_type = value
-        elif name == ATTEMPTS and value is not None and value.isdigit():
+        elif name == ATTEMPTS and value is not None and value.isdigit() and len(value) <= _ATTEMPTS_DIGITS:
             attempts = int(value)
     return content_type, attempts
