@@ -31,6 +31,8 @@ from streaming.wire import MAX_EVENT_BYTES
 
 START_TIMEOUT_S, FORMAT_TIMEOUT_S, PORT_TRIES, TAIL_LINES = 60.0, 60.0, 3, 15
 DEAD_LETTER_SUFFIX, LATE_SUFFIX = ".dlq", ".late"
+MAX_LETTER_BYTES = 2 * MAX_EVENT_BYTES
+"""What these topics take: any event with its headers, in another codec than that of its own topic, and what is somewhat too large."""
 
 # Runs between fork and the broker: dies with the thread that started it, and checks that this did not already happen. Plain
 # preexec_fn would run Python in a fork of a threaded process, which can deadlock.
@@ -285,14 +287,14 @@ def ensure_topics(config: KafkaConfig) -> None:
     wanted = topics | {name + DEAD_LETTER_SUFFIX: 1 for name in topics}
     if config.late_topics:
         wanted |= {name + LATE_SUFFIX: config.num_partitions for name in topics}
+    of_letters = {"configs": {"max.message.bytes": str(MAX_LETTER_BYTES)}}
     admin = connect(KafkaAdminClient, config)
     try:
         existing = set(admin.list_topics())
         for name in sorted(wanted.keys() - existing):
             try:
-                admin.create_topics(
-                    {name: {"num_partitions": wanted[name], "replication_factor": config.replication_factor}}, wait_for_metadata=True
-                )
+                settings = {"num_partitions": wanted[name], "replication_factor": config.replication_factor}
+                admin.create_topics({name: settings if name in topics else settings | of_letters}, wait_for_metadata=True)
             except TopicAlreadyExistsError:
                 continue  # another worker was first; its partitions are checked below
         for topic in admin.describe_topics(list(topics)):

@@ -1,7 +1,9 @@
 """Records that are no valid events, kept as they came in `<topic>.dlq`, and events that came too late, in `<topic>.late`.
 
 Delivery: at least once, acknowledged before the commit that skips them. A worker that dies between `flush` and its commit sends them
-again: a dead letter with the same key `topic/partition/offset`, a late event with the same event id.
+again: a dead letter with the same key `topic/partition/offset`, a late event with the same event id. What is too large for its topic is
+cut and says so in its headers, or it would hold up its partition for good: another codec, and headers, make a record that its own topic
+took too large for ours.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError, WireError
 from esrl_ray.vocabulary import Bucket
-from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX
+from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX, MAX_LETTER_BYTES
 from streaming.client import REFUSALS, REFUSED_S, abandon, connect, reachable
 from streaming.records import ATTEMPTS, Record
-from streaming.wire import MAX_EVENT_BYTES, MSGPACK, Event, encode
+from streaming.wire import MSGPACK, Event, encode
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ WINDOW = 1_000  # records over which the share is taken
 MIN_REFUSED = 20  # fewer in a window never stop the worker: a quiet topic's first record may be a bad one
 FLUSH_TIMEOUT_S, RETRY_S = 300.0, 1.0
 MAX_REASON_BYTES = 1_000
+CUT_BYTES = 2**16  # of a value that is too large: what any topic takes
+TRUNCATED = "truncated"
+_TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
 class RefusedShare:
@@ -99,7 +104,7 @@ class DeadLetters:
             *_origin(record),
             *([] if record.key is None else [("key", record.key)]),
         ]
-        self._waiting.append({"topic": record.topic + DEAD_LETTER_SUFFIX, "key": where.encode(), "value": record.value, "headers": headers})
+        self._take(record.topic + DEAD_LETTER_SUFFIX, where.encode(), record.value, headers)
         self._share.refused(f"{record.topic}[{record.partition}]@{record.offset}", error)
 
     def late(self, topic: str, late: Record | Event) -> None:
@@ -113,8 +118,7 @@ class DeadLetters:
             key, value, origin = late.key, late.value, _origin(late)
         else:
             key, value, origin = late.session_id.encode(), encode(late), [("topic", topic.encode()), ("content-type", MSGPACK)]
-        headers = [("code", Bucket.LATE.encode()), *origin]
-        self._waiting.append({"topic": topic + LATE_SUFFIX, "key": key, "value": value, "headers": headers})
+        self._take(topic + LATE_SUFFIX, key, value, [("code", Bucket.LATE.encode()), *origin])
 
     def flush(self) -> None:
         """Wait until Kafka has acknowledged every record taken; call it before the commit that skips them.
@@ -149,6 +153,11 @@ class DeadLetters:
             abandon(self._producer)
             self._producer = None
 
+    def _take(self, topic: str, key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
+        letter = {"topic": topic, "key": key, "value": value, "headers": headers}
+        num_bytes = len(value or b"") + sum(len(told) for _, told in headers)
+        self._waiting.append(letter if num_bytes <= MAX_LETTER_BYTES - CUT_BYTES else _cut(letter))
+
     def _send_waiting(self) -> None:
         if self._producer is None:
             if not reachable(self._config):
@@ -160,18 +169,37 @@ class DeadLetters:
                 max_block_ms=5_000,
                 acks="all",
                 compression_type="lz4",
-                max_request_size=2 * MAX_EVENT_BYTES,
+                max_request_size=MAX_LETTER_BYTES,
                 request_timeout_ms=8_000,
                 delivery_timeout_ms=10_000,
                 allow_auto_create_topics=False,
                 metrics_enabled=False,
             )
-        futures = [self._producer.send(**letter) for letter in self._waiting]
+        sent = [(letter, self._producer.send(**letter)) for letter in self._waiting]
         self._producer.flush(timeout=15.0)
-        for future in futures:
-            future.get(timeout=0.0)  # raises what went wrong
-        self.sent += len(self._waiting)
-        self._waiting.clear()
+        left, problem = list[dict[str, Any]](), None
+        for letter, future in sent:
+            try:
+                future.get(timeout=0.0)  # raises what went wrong
+            except _TOO_LARGE as error:
+                problem = problem if TRUNCATED not in dict(letter["headers"]) else error
+                left.append(_cut(letter))
+            except KafkaError as error:
+                problem = error
+                left.append(letter)
+        self.sent += len(sent) - len(left)
+        self._waiting = left
+        if problem is not None:
+            raise problem
+
+
+def _cut(letter: dict[str, Any]) -> dict[str, Any]:
+    """The beginning of a letter, with the place whole, and how many bytes the value had."""
+    value, headers = letter["value"] or b"", [(name, told[:MAX_REASON_BYTES]) for name, told in letter["headers"]]
+    if TRUNCATED not in dict(headers):
+        _logger.warning("too large, cut topic=%s key=%r bytes=%d", letter["topic"], letter["key"], len(value))
+        headers += [(TRUNCATED, b"1"), ("bytes", str(len(value)).encode())]
+    return {**letter, "value": value[:CUT_BYTES], "headers": headers}
 
 
 def _origin(record: Record) -> list[tuple[str, bytes]]:

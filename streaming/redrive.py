@@ -20,8 +20,9 @@ from kafka.future import Future
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, StreamError
-from streaming.broker import DEAD_LETTER_SUFFIX
+from streaming.broker import DEAD_LETTER_SUFFIX, MAX_LETTER_BYTES
 from streaming.client import abandon, connect
+from streaming.deadletter import TRUNCATED
 from streaming.records import ATTEMPTS
 from streaming.wire import JSON, MAX_EVENT_BYTES
 
@@ -45,6 +46,12 @@ class Letter(NamedTuple):
     content_type: bytes
     attempts: int  # how often it had been sent again before it was refused
     is_mark: bool
+    is_truncated: bool
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Its bytes are whole, and could be an event: not of one too large for any, nor a record without key and value."""
+        return not self.is_truncated and len(self.value or b"") <= MAX_EVENT_BYTES and (self.key, self.value) != (None, None)
 
     @property
     def place(self) -> tuple[str, int, int, int]:
@@ -113,6 +120,7 @@ def _letter(key: bytes, value: bytes | None, headers: dict[str, bytes]) -> Lette
         content_type=headers.get("content-type", JSON),
         attempts=int(headers.get(ATTEMPTS, b"0")),
         is_mark=REDRIVEN in headers,
+        is_truncated=TRUNCATED in headers,
     )
 
 
@@ -136,7 +144,7 @@ class Redriver:
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             acks="all",
             compression_type="lz4",
-            max_request_size=2 * MAX_EVENT_BYTES,
+            max_request_size=MAX_LETTER_BYTES,
             allow_auto_create_topics=False,
             metrics_enabled=False,
         )
@@ -149,7 +157,7 @@ class Redriver:
             ) from error
 
     def run(self, selected: Callable[[Letter], bool], *, limit: int | None = None) -> int:
-        """Send letters back that were not sent back before.
+        """Send letters back that were not sent back before, and can be.
 
         Args:
             selected: Whether to take a letter.
@@ -168,7 +176,7 @@ class Redriver:
         for letter in read_letters(self._config, self._topic):
             if num_sent + len(batch) == limit:
                 break
-            if letter.is_mark or letter.place in done or not selected(letter):
+            if letter.is_mark or letter.place in done or not letter.can_be_sent or not selected(letter):
                 continue
             done.add(letter.place)
             batch.append(letter)

@@ -78,12 +78,12 @@ def list_letters(config: Config, topics: list[str], selected: Callable[[Letter],
         return
     console = Console()
     counts, shown = _table("topic", "code"), _table("topic[partition]@offset", "reason", "value")
-    for name in ("letters", "sent again", "refused before"):
+    for name in ("letters", "sent again", "refused before", "cannot be sent"):
         counts.add_column(name, justify="right")
     counts.add_column("partitions", overflow="fold")
     for row in found:
         partitions = " ".join(f"{p}:{n}" for p, n in row["partitions"].items())
-        counts.add_row(row["topic"], row["code"], *(f"{row[k]:,}" for k in ("letters", "redriven", "attempted")), partitions)
+        counts.add_row(row["topic"], row["code"], *(f"{row[k]:,}" for k in ("letters", "redriven", "attempted", "unfit")), partitions)
         for sample in row["samples"]:
             shown.add_row(f"{row['topic']}[{sample['partition']}]@{sample['offset']}", sample["error"], sample["value"])
     console.print(counts)
@@ -110,6 +110,7 @@ def redrive(
     """Send refused records back to their topic, with their key and bytes, each letter once, however often this runs.
 
     Do it when the cause is gone: what is refused again becomes a new letter, and above kafka.max_dead_letter_share the worker stops.
+    Letters that were truncated, are larger than any event, or have neither key nor value stay: `esrl dlq list` counts them.
     """
     sent: dict[str, int] = {}
     for topic in topics:
@@ -120,7 +121,7 @@ def redrive(
 
         if dry_run:
             found = summarise(read_letters(config.kafka, topic), wanted, samples=0)
-            waiting = sum(row["letters"] - row["redriven"] for row in found)
+            waiting = sum(row["letters"] - row["redriven"] - row["unfit"] for row in found)
             sent[topic] = waiting if left is None else min(waiting, left)
         elif left != 0:
             with closing(Redriver(config.kafka, topic)) as redriver:
@@ -132,7 +133,7 @@ def redrive(
 
 
 def summarise(letters: Iterable[Letter], selected: Callable[[Letter], bool], *, samples: int) -> list[dict[str, Any]]:
-    """Rows by (topic, code), in that order: distinct letters, how many were redriven, how many had been before, by partition, the newest.
+    """Rows by (topic, code), in that order: distinct letters, how many were redriven, had been before, cannot be; by partition, the newest.
 
     Args:
         letters: With repetitions and marks.
@@ -141,7 +142,7 @@ def summarise(letters: Iterable[Letter], selected: Callable[[Letter], bool], *, 
     """
     codes: dict[tuple[str, int, int, int], tuple[str, str]] = {}  # of the letters counted
     marked: set[tuple[str, int, int, int]] = set()
-    attempted: Counter[tuple[str, str]] = Counter()
+    attempted, unfit = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     partitions: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
     newest: dict[tuple[str, str], deque[Letter]] = defaultdict(lambda: deque(maxlen=samples))
     for letter in letters:
@@ -150,6 +151,7 @@ def summarise(letters: Iterable[Letter], selected: Callable[[Letter], bool], *, 
         elif letter.place not in codes and selected(letter):
             row = codes[letter.place] = letter.topic, letter.code
             attempted[row] += letter.attempts > 0
+            unfit[row] += not letter.can_be_sent
             partitions[row][letter.partition] += 1
             newest[row].append(letter)
     redriven = Counter(row for place, row in codes.items() if place in marked)
@@ -160,6 +162,7 @@ def summarise(letters: Iterable[Letter], selected: Callable[[Letter], bool], *, 
             "letters": partitions[row].total(),
             "redriven": redriven[row],
             "attempted": attempted[row],
+            "unfit": unfit[row],
             "partitions": {str(p): n for p, n in sorted(partitions[row].items())},
             "samples": [_sample(letter) for letter in newest[row]],
         }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import closing
+
 import msgspec
 import pytest
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import BrokerError, WireError
@@ -12,7 +15,7 @@ from esrl_ray.vocabulary import Refusal
 from streaming import wire
 from streaming.broker import DEAD_LETTER_SUFFIX, LATE_SUFFIX, ensure_topics
 from streaming.client import connect
-from streaming.deadletter import DeadLetters
+from streaming.deadletter import CUT_BYTES, MAX_REASON_BYTES, DeadLetters
 from streaming.records import Record
 from streaming.source import partition_of
 
@@ -50,6 +53,37 @@ def test_dead_letters_that_cannot_be_delivered_stop_the_commit(kafka_config: Kaf
     letters.send(Record(kafka_config.feedback_topic, 0, 0, 1, None, b"?", wire.JSON), WireError("bad", Refusal.MALFORMED))
     with pytest.raises(BrokerError, match="1 dead letters or late events were not acknowledged"):
         letters.flush()
+
+
+def test_what_its_topic_does_not_take_is_cut_and_the_others_come_whole(kafka_config: KafkaConfig) -> None:
+    """A topic that somebody else made; the headers of the large one alone would not go in either."""
+    config = kafka_config.model_copy(update={"feedback_topic": kafka_config.feedback_topic + "-small"})
+    topic = config.feedback_topic + DEAD_LETTER_SUFFIX
+    with closing(connect(KafkaAdminClient, config)) as admin:
+        admin.create_topics({topic: {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "90000"}}})
+    value = random.Random(0).randbytes(100_000)
+    large = Record(config.feedback_topic, 3, 1, 7, value, value, value)
+    letters = DeadLetters(config)
+    for record in (
+        large._replace(offset=0, key=b"k", value=b"a", content_type=wire.JSON),
+        large,
+        large._replace(offset=2, key=b"k", value=b"c"),
+    ):
+        letters.send(record, WireError("bad", Refusal.MALFORMED))
+    letters.flush()
+    letters.close()
+    assert letters.sent == 3
+    with closing(connect(KafkaConsumer, config, auto_offset_reset="earliest")) as reader:
+        reader.assign([TopicPartition(topic, 0)])
+        found: dict[bytes, tuple[bytes, dict[str, bytes]]] = {}
+        while len(found) < 3:
+            found |= {r.key: (r.value, dict(r.headers)) for batch in reader.poll(timeout_ms=10_000).values() for r in batch}
+    cut, told = found[f"{config.feedback_topic}/3/1".encode()]
+    assert cut == value[:CUT_BYTES] and told["truncated"] == b"1" and told["bytes"] == b"100000" and told["key"] == value[:MAX_REASON_BYTES]
+    assert (told["partition"], told["offset"], told["code"]) == (b"3", b"1", b"malformed")
+    assert (
+        found[f"{config.feedback_topic}/3/0".encode()][0] == b"a" and "truncated" not in found[f"{config.feedback_topic}/3/0".encode()][1]
+    )
 
 
 def test_late_events_stand_in_a_topic_of_their_own_like_any_event(kafka_config: KafkaConfig) -> None:

@@ -108,7 +108,8 @@ def test_what_is_read_again_is_not_lost_when_the_ends_cannot_be_asked_after_an_o
             return end_offsets(*args, **options)
 
         monkeypatch.setattr(source._consumer, "end_offsets", fail_once)
-        _until(lambda: again.extend(source.poll(100)) or not source.reads_again)
+        while source.reads_again:
+            again += source.poll(100)
         assert len(asked) > 1 and [record.offset for record in again] == [2, 3, 4, 5, 6, 7]
 
 

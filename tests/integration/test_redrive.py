@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 from click.testing import CliRunner
+from kafka import KafkaProducer
 
 from esrl_ray.cli.dlq import dlq_group
 from esrl_ray.config import KafkaConfig
@@ -15,7 +16,8 @@ from esrl_ray.errors import StreamError, WireError
 from esrl_ray.vocabulary import Refusal
 from streaming import redrive
 from streaming.broker import DEAD_LETTER_SUFFIX
-from streaming.deadletter import DeadLetters
+from streaming.client import connect
+from streaming.deadletter import CUT_BYTES, DeadLetters
 from streaming.records import Record
 from streaming.redrive import Redriver, read_letters
 from streaming.source import partition_of
@@ -117,6 +119,25 @@ def test_what_is_refused_again_is_left_alone_after_some_attempts(kafka_config: K
     assert json.loads(esrl_dlq(kafka_config, "redrive", "--max-attempts", "2", "--json"))["sent"][kafka_config.feedback_topic] == 0
     (row,) = json.loads(esrl_dlq(kafka_config, "list", "--json"))
     assert (row["letters"], row["redriven"], row["attempted"]) == (3, 2, 2)
+
+
+def test_what_is_too_large_for_any_event_or_has_nothing_in_it_becomes_a_letter_that_stays(kafka_config: KafkaConfig) -> None:
+    topic = kafka_config.feedback_topic
+    with closing(connect(KafkaProducer, kafka_config, compression_type="zstd", max_request_size=2**25)) as producer:
+        for value in (bytes(9_000_000), bytes(5_000_000), b"whole"):
+            producer.send(topic, key=b"k", value=value, partition=0)
+    with closing(_source(kafka_config)) as source:
+        records = _read(source, 3, timeout_s=60.0)
+    with dead_letters(kafka_config) as letters:
+        for record in [*records, records[0]._replace(offset=3, key=None, value=None)]:
+            letters.send(record, WireError("x", Refusal.MALFORMED))
+    found = [(letter.offset, letter.key, len(letter.value or b""), letter.is_truncated) for letter in read_letters(kafka_config, topic)]
+    assert sorted(found) == [(0, b"k", CUT_BYTES, True), (1, b"k", 5_000_000, False), (2, b"k", 5, False), (3, None, 0, False)]
+    (row,) = json.loads(esrl_dlq(kafka_config, "list", "--json"))
+    assert (row["letters"], row["redriven"], row["unfit"]) == (4, 0, 3)
+    for left in (1, 0):
+        assert json.loads(esrl_dlq(kafka_config, "redrive", "--dry-run", "--json"))["sent"][topic] == left
+        assert json.loads(esrl_dlq(kafka_config, "redrive", "--json"))["sent"][topic] == left
 
 
 def test_a_letter_of_a_topic_made_anew_is_another_one_and_rubbish_is_passed_over(kafka_config: KafkaConfig) -> None:
