@@ -30,6 +30,9 @@ FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")
 _FLOATS = ("states", "scores", "actions", "anchor_actions", "fused_scores")
 
 Array = bytes | list[float | list[float]]
+Code = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+Codes = bytes | list[Code | list[Code]]
+"""Of its own type: a decoder gives floats for the numbers of an `Array`, and a code of 1.7 would be cut to 1."""
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -65,7 +68,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     item_ids: Annotated[list[str], Pairs]  # G
     positions: Annotated[list[Position], Pairs]  # G, -1 = not shown
     states: Array  # (G, F) float32
-    categorical: Array  # (G, C) int32
+    categorical: Codes  # (G, C) int32
     scores: Array  # (G, k) float32, raw
     actions: Array  # (G, A) float32
     anchor_actions: Array  # (G, A) float32
@@ -124,7 +127,7 @@ def _packed(value: Any, shape: tuple[int, ...], name: str, code: str = "f") -> b
     rows, width = (value, shape[1]) if nested else ([value], len(value))
     pack = struct.Struct(f"<{width}{code}").pack  # numpy needs three times as long for a list
     try:
-        return b"".join([pack(*(map(int, row) if code == "i" else row)) for row in rows])
+        return b"".join([pack(*row) for row in rows])
     except (struct.error, TypeError, ValueError) as error:
         raise WireError(f"{name}: {error}, expected shape {shape}", Refusal.WRONG_WIDTH) from error
     except OverflowError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from esrl_ray.config import Config
 from esrl_ray.policy.policy import Policy
 from esrl_ray.simulation.kuairand_replay import KuaiRandInput
-from esrl_ray.vocabulary import Floats, Ints
+from esrl_ray.vocabulary import Floats
 from streaming.wire import SCHEMA_VERSION, SHOWN, Array, Decision, Feedback
 
 RESPONSE_MS = 1_000  # from a list to its feedback
@@ -74,7 +74,7 @@ def _decision(log: KuaiRandInput, i: int) -> Decision:
         item_ids=[c["item_id"] for c in candidates],
         positions=[j if j < shown else -1 for j in range(g)],
         states=_flat(states),
-        categorical=_flat(codes),
+        categorical=[*codes.ravel().tolist()],
         scores=_flat(scores),
         actions=_flat(actions),
         anchor_actions=_flat(actions),
@@ -82,7 +82,7 @@ def _decision(log: KuaiRandInput, i: int) -> Decision:
     )
 
 
-def _flat(array: Floats | Ints) -> Array:
+def _flat(array: Floats) -> Array:
     return [*array.ravel().tolist()]
 
 

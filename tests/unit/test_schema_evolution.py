@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from esrl_ray.config import Config
+from esrl_ray.config import CategoricalConfig, Config
 from esrl_ray.errors import WireError
 from esrl_ray.vocabulary import Refusal
 from streaming.wire import JSON, MSGPACK, Decision, Feedback, decode_decision, decode_feedback
@@ -50,6 +50,7 @@ MATRIX = [
     ("decision", "retyped, number for a text", changed(session_id=7), WRONG, "session_id"),
     ("decision", "retyped, one value for a list", changed(item_ids="a"), WRONG, "item_ids"),
     ("decision", "retyped, whole float for an integer", changed(num_candidates=9.0), WRONG, "num_candidates"),
+    ("decision", "retyped, float for a code", changed(categorical=[[1.7], [0]]), WRONG, "categorical"),
     ("decision", "required field null", changed(states=None), WRONG, "states"),
     ("decision", "null in a list", changed(item_ids=["a", None]), WRONG, "item_ids"),
     ("decision", "unknown schema version", changed(schema_version=2), Refusal.UNKNOWN_SCHEMA_VERSION, "schema_version 2"),
@@ -97,6 +98,34 @@ def test_a_change_of_the_schema_is_accepted_or_refused_with_the_fields_name(
                 assert found == np.asarray(value, "<f4").tobytes()
             else:
                 assert found == value
+
+
+@pytest.mark.parametrize("encoding", list(ENCODERS), ids=["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([[3], [0]], ACCEPTED),
+        ([3, 0], ACCEPTED),
+        ([[1.7], [0]], WRONG),
+        ([[1.0], [0]], WRONG),
+        ([[True], [0]], WRONG),
+        ([[2**31], [0]], WRONG),
+        ([[4], [0]], Refusal.UNKNOWN_CATEGORY),
+        ([[-1], [0]], Refusal.UNKNOWN_CATEGORY),
+        ([[], []], Refusal.WRONG_WIDTH),
+    ],
+    ids=str,
+)
+def test_the_code_of_a_category_is_an_integer(config: Config, encoding: bytes, codes: list[Any], code: Refusal | None) -> None:
+    tab = CategoricalConfig(name="tab", cardinality=4, side="item")
+    coded = config.model_copy(update={"spec": config.spec.model_copy(update={"categorical_features": (tab,)})})
+    payload = ENCODERS[encoding](decision_fields(coded, categorical=codes))
+    if code is not ACCEPTED:
+        with pytest.raises(WireError, match="categorical") as caught:
+            decode_decision(payload, coded.spec.build(), encoding)
+        assert caught.value.code is code
+    else:
+        assert decode_decision(payload, coded.spec.build(), encoding).categorical.tolist() == [[3], [0]]
 
 
 @pytest.mark.parametrize(
