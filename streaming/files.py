@@ -68,6 +68,7 @@ class FileSource:
     ) -> None:
         self._with_users, self._user_key = config.decisions_topic, user_key
         self._files = {config.decisions_topic: _files_of(decisions), config.feedback_topic: _files_of(feedback)}
+        self._ids = {topic: _id_of(files) for topic, files in self._files.items()}
         self._next = {topic: positions.get(f"{topic}/0", 0) for topic in self._files}
         self._rows = {topic: self._records(topic, self._next[topic]) for topic in self._files}
         self._again: Iterator[Record] | None = None
@@ -82,8 +83,8 @@ class FileSource:
 
     @property
     def topic_ids(self) -> dict[str, str]:
-        """Topic -> id of its files: of their names, sizes and ends."""
-        return {topic: _id_of(files) for topic, files in self._files.items()}
+        """Topic -> id of its files: of their names, sizes and ends, when this began."""
+        return self._ids
 
     def read_again(self, starts: Mapping[str, int]) -> None:
         """Before the first poll: first return the rows from these on, up to the positions, once more."""

@@ -21,6 +21,7 @@ from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError, InputDataError, LogError, StreamError
 from esrl_ray.reward import RewardConfig
 from esrl_ray.secret import PSEUDONYM_DIGITS, pseudonym
+from streaming import files
 from streaming.files import Rejects
 from streaming.recompute import recompute_rewards
 from streaming.sessions import SessionJoiner
@@ -129,6 +130,17 @@ def test_a_user_id_that_is_none_is_refused_with_a_user_key_too(tmp_path: Path) -
     assert "5 dead_letter" in said[0] and "24 joined" in said[0]
     users = set(read_steps(tmp_path / "log")["user_id"].to_pylist())
     assert users and all(len(user) == PSEUDONYM_DIGITS for user in users)
+
+
+def test_the_files_are_known_by_what_they_were_at_the_beginning_not_opened_at_each_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decisions, events = visits()
+    looked, id_of = list[Sequence[Path]](), files._id_of
+    monkeypatch.setattr(files, "_id_of", lambda paths: looked.append(paths) or id_of(paths))  # type: ignore[func-returns-value]
+    paths = write_lines(tmp_path / "d.jsonl", [wire(d) for d in decisions]), write_lines(tmp_path / "f.jsonl", [wire(e) for e in events])
+    imported(tmp_path, *paths)
+    assert len(looked) == 4 < len(commit_history(tmp_path / "log", "import-0")), "two topics, for the check and for the reader"
 
 
 def test_what_the_end_of_the_files_cuts_off_is_truncated_not_left(tmp_path: Path) -> None:
