@@ -49,7 +49,7 @@ class ReplayShard:
     def refill(self) -> int:
         """Begin anew with what the logs hold now, as after a restart; the number of steps. A user erased from the log is gone then."""
         self._buffer = self._new_buffer()
-        self._began_ms = self._clock_ms()
+        self._began_ms, self._restored = self._clock_ms(), False
         self._buffer.refill(self._workers(), inserted_ms=self._began_ms)
         log_change(_logger, "replay shard ready", {"size": self._buffer.size, "lineage": cut_lineage(self._buffer.lineage)})
         return self._buffer.size
@@ -91,9 +91,23 @@ class ReplayShard:
         self._buffer.catch_up(self._workers(), inserted_ms=self._clock_ms())
         return self._buffer.num_inserted
 
-    def restore_limiter(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Go on with totals that the training loop kept; returns what they are now."""
-        self._buffer.restore_limiter(totals)
+    def restore_limiter(self, totals: Mapping[str, float], began_ms: int | None = None) -> dict[str, float] | None:
+        """Go on with totals that the training loop kept.
+
+        Args:
+            totals: As in `stats`.
+            began_ms: The start that lost them: what was drawn since then comes on top, and it is done once for a start, however often it is
+                asked, because an answer may be lost. None: the learner begins anew with these, whatever was drawn.
+
+        Returns:
+            What they are now; None when this shard has begun anew meanwhile.
+        """
+        if began_ms not in (None, self._began_ms):
+            return None
+        if began_ms is None or not self._restored:
+            drawn = 0.0 if began_ms is None else self._buffer.limiter_state()["sampled"]
+            self._buffer.restore_limiter({**totals, "sampled": totals["sampled"] + drawn, "budget": totals["budget"] - drawn})
+        self._restored = True
         return self._buffer.limiter_state()
 
     def made_for(self) -> tuple[str, int]:

@@ -62,9 +62,8 @@ class Shards:
             telemetry.gauge("esrl_replay_size_steps", stats["size"], shard=str(i))
             found, known = stats["limiter"], self.limiters[i]
             if stats["began_ms"] != self._began_ms[i] and known is not None:
-                if self._began_ms[i] is not None:  # restarted: what it let draw since, on budget that is counted below, counts
-                    known = {**known, "sampled": known["sampled"] + found["sampled"], "budget": known["budget"] - found["sampled"]}
-                if (found := actors.ask(shard.restore_limiter.remote, known)) is None:
+                restarted_ms = None if self._began_ms[i] is None else stats["began_ms"]
+                if (found := actors.ask(shard.restore_limiter.remote, known, restarted_ms)) is None:
                     continue  # the next look tries again
                 facts = {"shard": i, "before": round(known["budget"]), "now": round(found["budget"])}
                 log_change(_logger, "sampling budget restored", facts)
