@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,22 +17,44 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from esrl_ray.errors import LoopError
+from esrl_ray.errors import ConfigError, LoopError
 
 NAMESPACE = "esrl"
 POLICY_STORE = "policy_store"
+CONNECT_S = 5.0  # until an address counts as one where nobody listens
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 _logger = logging.getLogger(__name__)
 
 
 def connect(address: str) -> bool:
-    """Join a Ray cluster that runs; False when there is none."""
+    """Join a Ray cluster that runs; False when there is none, or with the address `none`.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    if address == "none":
+        return False
     try:
+        if ":" in address and "://" not in address:  # `ray.init` waits for minutes for an address where nobody listens
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
+    except (ValueError, OverflowError) as error:  # a port is beyond 65535
+        raise ConfigError(f"{address!r} is no address of a Ray cluster", "--address", "give auto, host:port or ray://host:port") from error
+    except OSError:
         return False
     return True
+
+
+def join(address: str) -> None:
+    """Join a Ray cluster that runs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not connect(address):
+        raise ConfigError("no Ray cluster answers", f"--address {address}", "start one with `ray start --head`, or name the one that runs")
 
 
 def spawn(name: str, cls: type, *args: Any, detached: bool = False, max_concurrency: int | None = None, num_gpus: float = 0) -> ActorHandle:

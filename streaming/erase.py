@@ -6,7 +6,7 @@ are removed, those of earlier rewrites too. A crash in between is made good by r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,13 @@ class Erased:
     """State files still name the user: a session is open, or ended within the last commits."""
 
 
-def erase_user(root: str | Path, worker: str, user_id: str, *, now_ms: int, dry_run: bool) -> Erased:
+def erase_user(root: str | Path, worker: str, user_ids: Collection[str], *, now_ms: int, dry_run: bool) -> Erased:
     """Take a user's rows out of a worker's table and remove the files that held them.
 
     Args:
         root: Folder of all workers' tables.
         worker: Name.
-        user_id: As the log has it.
+        user_ids: Every form of the user's id that the log may have.
         now_ms: Clock.
         dry_run: Only count.
 
@@ -56,9 +56,9 @@ def erase_user(root: str | Path, worker: str, user_id: str, *, now_ms: int, dry_
     for attempt in range(1, ATTEMPTS + 1):
         table = DeltaTable(where)
         try:
-            found = [(file, rows) for file in list_files(table) if len(rows := _rows_of(store, f"{folder}/{file.path}", user_id))]
+            found = [(file, rows) for file in list_files(table) if len(rows := _rows_of(store, f"{folder}/{file.path}", user_ids))]
             if not dry_run:
-                rewrite(table, where, worker, _without(store, folder, [file for file, _ in found], user_id), now_ms=now_ms)
+                rewrite(table, where, worker, _without(store, folder, [file for file, _ in found], user_ids), now_ms=now_ms)
             break
         except (CommitFailedError, FileNotFoundError):  # the owner has merged files, and may have removed them
             if attempt == ATTEMPTS:
@@ -71,28 +71,31 @@ def erase_user(root: str | Path, worker: str, user_id: str, *, now_ms: int, dry_
         rows=0 if held is None else len(held),
         num_steps=0 if held is None else pc.count_distinct(held["step_id"]).as_py(),
         commits=() if held is None else tuple(np.unique(held["commit"].to_numpy()).tolist()),
-        open_sessions=_named_in_states(store, f"{folder}/{STATE_FOLDER}", user_id),
+        open_sessions=_named_in_states(store, f"{folder}/{STATE_FOLDER}", user_ids),
     )
 
 
-def _rows_of(store: fs.FileSystem, path: str, user_id: str) -> pa.Table:
+def _rows_of(store: fs.FileSystem, path: str, user_ids: Collection[str]) -> pa.Table:
     """step_id and commit of the user's rows in a file."""
     rows = dataset.dataset(path, format="parquet", filesystem=store)
-    return rows.to_table(columns=["step_id", "commit"], filter=pc.field("user_id") == user_id)
+    return rows.to_table(columns=["step_id", "commit"], filter=pc.field("user_id").isin(list(user_ids)))
 
 
-def _without(store: fs.FileSystem, folder: str, files: list[LogFile], user_id: str) -> Iterator[tuple[list[LogFile], pa.Table]]:
+def _without(
+    store: fs.FileSystem, folder: str, files: list[LogFile], user_ids: Collection[str]
+) -> Iterator[tuple[list[LogFile], pa.Table]]:
     for file in files:
         rows = read_files(store, folder, [file.path])
-        yield [file], rows.filter(pc.not_equal(rows["user_id"], user_id))
+        yield [file], rows.filter(pc.invert(pc.is_in(rows["user_id"], pa.array(user_ids, pa.string()))))
 
 
-def _named_in_states(store: fs.FileSystem, folder: str, user_id: str) -> bool:
-    name = msgspec.msgpack.encode(user_id)  # as it stands in every state, at any depth: with its length in front
+def _named_in_states(store: fs.FileSystem, folder: str, user_ids: Collection[str]) -> bool:
+    names = [msgspec.msgpack.encode(user_id) for user_id in user_ids]  # as they stand in states, at any depth: with their length in front
     for entry in store.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         try:
             with store.open_input_file(entry.path) as file:
-                if name in file.read():
+                state = file.read()
+                if any(name in state for name in names):
                     return True
         except FileNotFoundError:  # swept by the owner
             continue

@@ -6,10 +6,8 @@ import os
 from collections.abc import Sequence
 
 import click
-import ray
 
 from esrl_ray import actors
-from esrl_ray.actors import NAMESPACE
 from esrl_ray.cli import learning, parts
 from esrl_ray.cli.train import stop_on_signals
 from esrl_ray.config import load_config
@@ -38,7 +36,7 @@ def ingest(path: str, overrides: tuple[str, ...], address: str, drained: str | N
         )
     if drained is None:
         ensure_topics(config.kafka)
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+    actors.join(address)
     if drained is not None:
         drain(parts.worker_names(config) if drained == "all" else [drained])
         return

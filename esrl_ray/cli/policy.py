@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from esrl_ray import actors
 from esrl_ray.cli.logged import read_log
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import EsrlError, PolicyRejected
+from esrl_ray.errors import ConfigError, EsrlError, PolicyRejected
 from esrl_ray.evaluation.second_tier import KeepRows, ReadNewest, judge_log, load_verdict
 from esrl_ray.policy.policy import Policy
 from esrl_ray.policy.store import CURRENT_FILE, Current, PolicyStore, read_current, read_manifests, version_folder
@@ -29,7 +28,7 @@ from esrl_ray.policy.store_actor import own, owner_address, wall_clock_ms
 from esrl_ray.vocabulary import cut_lineage
 from streaming.steplog import read_newest
 
-CONNECT_S, ANSWER_S = 5.0, 30.0
+ANSWER_S = 30.0
 
 
 @click.group("policy")
@@ -167,12 +166,9 @@ def _change(config: Config, address: str | None, method: str, *args: object) -> 
                 return getattr(PolicyStore(_folder(config), config, clock_ms=wall_clock_ms), method)(*args)
         address = owner_address(_folder(config)) or "auto"
     try:
-        if ":" in address and "://" not in address:  # `ray.init` waits for minutes for an address where nobody listens
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address=address, namespace=actors.NAMESPACE, log_to_driver=False, configure_logging=False)
+        actors.join(address)
         store = actors.find(actors.POLICY_STORE)
-    except (OSError, ValueError) as error:
+    except (ConfigError, ValueError) as error:
         raise EsrlError(f"no policy store answers: {str(error).splitlines()[0]}", address, "name the cluster with --address") from error
     try:
         if (theirs := ray.get(store.folder.remote(), timeout=ANSWER_S)) != _folder(config):

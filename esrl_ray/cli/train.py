@@ -84,13 +84,11 @@ def train(
 
 
 def _online(config: Config, address: str, gradient_steps: int | None) -> None:
-    import ray  # with RLlib it takes seconds
-
-    from esrl_ray.actors import NAMESPACE
+    from esrl_ray import actors  # with RLlib Ray takes seconds
     from esrl_ray.cli import learning
     from serve.deployment import policy_store
 
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+    actors.join(address)
     stop = stop_on_signals()
     loop = learning.training_loop(config, policy_store(config), learning.replay_shards(config))
 

@@ -82,7 +82,7 @@ def test_a_worker_commits_cares_for_its_table_and_comes_back(root: str) -> None:
         commit(log, 10)
     assert [n for n, _ in read_commits(root, "w", 8)] == [9, 10]
     assert len(read_newest(root, 1, lambda rows: rows["commit"].to_numpy() >= 0)) == len(read_steps(root)) == 9
-    assert erase_user(root, "w", "u", now_ms=NOW_MS, dry_run=False).rows == 18 and len(read_steps(root)) == 0
+    assert erase_user(root, "w", {"u"}, now_ms=NOW_MS, dry_run=False).rows == 18 and len(read_steps(root)) == 0
 
 
 def test_two_that_pass_the_check_together_do_not_both_commit(root: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,18 +12,19 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
 from pyarrow import parquet
 
 from esrl_ray import actors
 from esrl_ray.cli.log import log_group
 from esrl_ray.config import Config, LogConfig, load_config
-from esrl_ray.errors import LogError
+from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.learning.replay_shard import ReplayShard
 from esrl_ray.policy.policy import Manifest, PolicyKind
 from esrl_ray.secret import pseudonym
 from esrl_ray.vocabulary import Ended
 from streaming import erase, logfiles
-from streaming.erase import erase_user
+from streaming.erase import Erased, erase_user
 from streaming.statefiles import STATE_FOLDER
 from streaming.steplog import StepLog, WorkerState, read_commits, read_steps, rows_to_table
 from tests.unit.test_log_command import SPEC, first, later
@@ -60,12 +61,12 @@ def test_a_user_is_gone_from_rows_and_files_and_everything_else_stays(tmp_path: 
         commit(log, n, "ab" if n != 2 else "b")
         log.tidy(lambda: NOW_MS, 1_000)
     before = {n: [row for row in rows.to_pylist() if row["user_id"] != "a"] for n, rows in read_commits(tmp_path, "w")}
-    counted = erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=True)
+    counted = erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=True)
     assert (counted.rows, counted.num_steps, counted.commits) == (9, 6, (0, 1, 3, 4, 5)) and users_of(tmp_path) == {"a", "b"}
-    assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False) == counted
+    assert erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False) == counted
     assert {n: rows.to_pylist() for n, rows in read_commits(tmp_path, "w")} == before
     assert on_disk(tmp_path, "a") == [], "neither the files that were merged nor those that were rewritten are left"
-    again = erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False)
+    again = erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False)
     assert (again.rows, again.num_steps, again.commits) == (0, 0, ())
     commit(log, 6, "b")
     assert log_of(tmp_path).restore() is not None and len(list(read_commits(tmp_path, "w"))) == 7, "the owner has noticed nothing"
@@ -79,9 +80,9 @@ def test_a_crash_before_the_files_are_removed_is_made_good_by_the_next_call(tmp_
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DeltaTable, "vacuum", crash)
-        erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False)
+        erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False)
     assert on_disk(tmp_path, "a") and users_of(tmp_path) == {"b"}
-    assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False).rows == 0 and on_disk(tmp_path, "a") == []
+    assert erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False).rows == 0 and on_disk(tmp_path, "a") == []
 
 
 def test_a_merge_at_the_same_moment_makes_it_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +96,7 @@ def test_a_merge_at_the_same_moment_makes_it_begin_again(tmp_path: Path, monkeyp
         return logfiles.rewrite(*args, **options)
 
     monkeypatch.setattr(erase, "rewrite", after_a_merge)
-    assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False).rows == 3
+    assert erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False).rows == 3
     assert users_of(tmp_path) == {"b"} and on_disk(tmp_path, "a") == [] and len(read_steps(tmp_path)) == 2
 
 
@@ -103,7 +104,7 @@ def test_a_state_that_names_the_user_is_told(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     for n, open_user in enumerate(["ab", "a"]):  # the id with its length: "a" is not in "ab"
         commit(log, n, "b", msgspec.msgpack.encode({"user_id": open_user}))
-        assert erase_user(tmp_path, "w", "a", now_ms=NOW_MS, dry_run=False).open_sessions == (open_user == "a")
+        assert erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False).open_sessions == (open_user == "a")
     assert not (tmp_path / "w" / STATE_FOLDER / "nothing").exists()
 
 
@@ -144,6 +145,50 @@ def test_the_command_counts_erases_and_names_policies(deployment: Config, monkey
     assert "replay-0: refilled from the log, 2 steps" in done and users_of(Path(deployment.log_root)) == {"b"}
 
 
+def test_the_policies_are_named_before_anything_is_gone(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors, "connect", lambda address: False)
+    calls = []
+
+    def rewritten(root: str, worker: str, names: set[str], *, now_ms: int, dry_run: bool) -> Erased:
+        calls.append((worker, dry_run))
+        if worker == "ingest-1" and not dry_run:
+            raise CommitFailedError("others came first")
+        return erase_user(root, worker, names, now_ms=now_ms, dry_run=dry_run)
+
+    monkeypatch.setattr("esrl_ray.cli.forget.erase_user", rewritten)
+    result = forget(deployment)
+    assert isinstance(result.exception, LogError) and "ingest-1 is rewritten by others" in str(result.exception)
+    assert "policies trained on them: 2\n" in result.output and calls[:2] == [("ingest-0", True), ("ingest-1", True)]
+    assert users_of(Path(deployment.log_root)) == {"b"}, "what is erased stays erased"
+
+
+def test_nothing_is_erased_when_the_cluster_that_is_named_does_not_answer(deployment: Config) -> None:
+    for address, reason in (("foo", "'foo' is no address"), ("127.0.0.1:1", "no Ray cluster answers"), ("127.0.0.1:x", "is no address")):
+        result = forget(deployment, "--address", address)
+        assert isinstance(result.exception, ConfigError) and reason in str(result.exception)
+    assert users_of(Path(deployment.log_root)) == {"a", "b"}
+    assert "there is no replay to refill" in forget(deployment, "--address", "none").output and users_of(Path(deployment.log_root)) == {"b"}
+
+
+def test_with_a_user_key_rows_with_the_id_itself_go_too_and_rejects_are_named(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of before the key was set, and of an import then."""
+    key = "a key of a deployment that hashes its users"
+    monkeypatch.setenv("ESRL_USER_KEY", key)
+    hashed = pseudonym("a", load_config(None, [], environment={"ESRL_USER_KEY": key}).serve.user_key)
+    root, rejects = Path(deployment.log_root), deployment.run.path / "rejects" / "import-0.jsonl"
+    commit(log_of(root, "import-0"), 0, "ab")
+    log = log_of(root, "ingest-2")
+    state = WorkerState(commit=0, incarnation="one", positions={}, joiners={0: [msgspec.msgpack.encode("a")]}, committed_ms=NOW_MS)
+    log.commit(state, rows_to_table([replace(first(name, 0), user_id=user) for name, user in (("x", hashed), ("y", "a"), ("z", "b"))]))
+    rejects.parent.mkdir()
+    rejects.write_text("{}\n")
+    result = forget(deployment, "--address", "none")
+    assert "import-0: 1 rows of 1 steps in commits 0 to 0 erased" in result.output
+    assert "ingest-2: 2 rows of 2 steps in commits 0 to 0 erased" in result.output and users_of(root) == {"b"}
+    assert f"not searched: {rejects}" in result.output
+    assert "state of ingest-2 still names" in str(result.exception), "an open session of before the key"
+
+
 def test_without_a_cluster_the_log_is_erased_all_the_same(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "connect", lambda address: False)
     key = "a key of a deployment that hashes its users"
@@ -155,6 +200,6 @@ def test_without_a_cluster_the_log_is_erased_all_the_same(deployment: Config, mo
     state = WorkerState(commit=1, incarnation="one", positions={}, joiners={0: [msgspec.msgpack.encode(hashed)]}, committed_ms=NOW_MS)
     log.commit(state, rows_to_table([replace(first("x", 0), user_id=hashed)]))
     result = forget(deployment)
-    assert "ingest-0: 0 rows" in result.output and "ingest-2: 1 rows of 1 steps" in result.output
+    assert "ingest-0: 2 rows of 2 steps" in result.output and "ingest-2: 1 rows of 1 steps" in result.output
     assert "no Ray cluster runs here" in result.output
     assert isinstance(result.exception, LogError) and "state of ingest-2 still names the user" in str(result.exception)
