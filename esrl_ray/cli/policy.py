@@ -1,4 +1,5 @@
-"""`esrl policy`: which versions there are, which one serves, and the ways back: rollback, pin, unpin. `pin static` is the kill switch.
+"""`esrl policy`: which versions there are, which one serves, and how that changes: publish brings one from elsewhere, rollback, pin and
+unpin are the ways back. `pin static` is the kill switch.
 
 `list` and `show` read the files. The others change them, through the store's actor when one owns them, else directly; `judge` changes
 nothing that serves.
@@ -10,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -22,7 +24,8 @@ from esrl_ray.cli.logged import read_log
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError, EsrlError, PolicyRejected
 from esrl_ray.evaluation.second_tier import KeepRows, ReadNewest, judge_log, load_verdict
-from esrl_ray.policy.policy import Policy
+from esrl_ray.learning.rounds import next_round
+from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.policy.store import CURRENT_FILE, Current, PolicyStore, read_current, read_manifests, version_folder
 from esrl_ray.policy.store_actor import own, owner_address, wall_clock_ms
 from esrl_ray.vocabulary import cut_lineage
@@ -99,6 +102,36 @@ def judge(config: Config, *, address: str | None, version: int, against: int | N
 
 
 @policy_group.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_address
+@_deployment
+def publish(config: Config, *, address: str | None, folder: Path) -> None:
+    """Serve the policy in FOLDER, e.g. of `esrl train --log`, and explore around it from now on; a learner that starts then starts from it.
+
+    A policy that scores pairs by itself has no actions to explore around: it serves, and the anchor stays.
+    """
+    policy, learner = Policy.load(folder), config.learner
+    kind, m = policy.manifest.kind, policy.manifest
+    shape = (m.hidden_sizes, m.embedding_size, m.actor)
+    if kind not in (PolicyKind.STATIC, PolicyKind.SCORE) and (kind.value, *shape) != (
+        wanted := (learner.level, learner.hidden_sizes, learner.embedding_size, learner.actor)
+    ):
+        fix = "name the configuration that it was trained with"
+        raise PolicyRejected(f"its actor is {(kind.value, *shape)}, a learner of this deployment has {wanted}", str(folder), fix)
+    if not config.run.path.is_dir():
+        raise PolicyRejected("there is no such run", str(config.run.path), "name it with --config or --set run.dir=...")
+    if (current := read_current(_folder(config))) is not None and current.pinned:
+        raise PolicyRejected(f"version {current.version} is pinned", str(_folder(config)), "unpin first")
+    version = int(_change(config, address, "publish", policy.to_bytes(), None, new=True))
+    if kind is PolicyKind.SCORE:
+        click.echo(f"version {version} serves; version {_current(config).round.anchor_version} stays the anchor")
+        return
+    turn = next_round(_current(config).round.number + 1, version, config, started_ms=wall_clock_ms())
+    _change(config, address, "start_round", turn)
+    click.echo(f"version {version} serves, and is the anchor of round {turn.number}")
+
+
+@policy_group.command()
 @click.argument("version", type=click.IntRange(min=1))
 @_address
 @_deployment
@@ -157,9 +190,10 @@ def _current(config: Config) -> Current:
     return current
 
 
-def _change(config: Config, address: str | None, method: str, *args: object) -> object:
+def _change(config: Config, address: str | None, method: str, *args: object, new: bool = False) -> Any:
     """Call one method of the store: of its actor when an address is named or a process owns the files, else on the files."""
-    _current(config)  # a wrong folder is an error here, not a new store there
+    if not new:
+        _current(config)  # a wrong folder is an error here, not a new store there
     if address is None:
         with own(_folder(config)) as owned:
             if owned:

@@ -20,6 +20,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 from esrl_ray.actors import NAMESPACE
+from esrl_ray.cli.policy import policy_group
 from esrl_ray.cli.train import train
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import MethodError
@@ -160,6 +161,8 @@ def test_the_command_learns_and_resumes(step_log: Path, tmp_path: Path) -> None:
     second = Policy.load(tmp_path / "policy")
     assert (first.manifest.gradient_steps, second.manifest.gradient_steps) == (16, 24)
     assert first.manifest.digest != second.manifest.digest
+    published = CliRunner().invoke(policy_group, ["publish", str(tmp_path / "policy"), *arguments[:-6], "--set", f"run.dir={tmp_path}"])
+    assert "version 2 serves, and is the anchor of round 1" in published.output, published.exception
 
 
 def test_the_number_of_gradient_steps_holds_for_other_methods(step_log: Path, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from esrl_ray.algo.actor import make_actor
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.config import load_config
 from esrl_ray.errors import EsrlError, PolicyRejected
 from esrl_ray.evaluation.second_tier import load_verdict
-from esrl_ray.policy.policy import Policy
+from esrl_ray.normaliser import Normaliser
+from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import PolicyStore, read_snapshot, version_folder
 from esrl_ray.policy.store_actor import own
 from streaming.steplog import StepLog, WorkerState
@@ -49,6 +51,41 @@ def test_rollback_lists_the_new_version_with_its_reason(run: Path) -> None:
     lines = esrl_policy(run, "list").output.splitlines()
     assert lines[0].startswith("* ") and "rollback to 1" in lines[0] and lines[1].startswith(" a") and len(lines) == 3
     assert len(esrl_policy(run, "list", "--last", "1").output.splitlines()) == 2
+
+
+def test_a_policy_from_elsewhere_serves_and_is_the_anchor_of_the_next_round(run: Path, tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/demo.yaml")
+    learner, spec = config.learner, config.spec.build()
+    actor = make_actor(spec, learner.hidden_sizes, learner.embedding_size)
+    made = Manifest(
+        version=0,
+        digest="",
+        kind=PolicyKind.PAIR,
+        spec=spec,
+        hidden_sizes=learner.hidden_sizes,
+        embedding_size=learner.embedding_size,
+        gradient_steps=7,
+    )
+    parameters = {name: value.numpy() for name, value in actor.state_dict().items()}
+    Policy.of(made, parameters, Normaliser.identity(spec)).save(tmp_path / "trained")
+    assert "version 2 serves, and is the anchor of round 1" in esrl_policy(run, "publish", str(tmp_path / "trained")).output
+    snapshot = read_snapshot(run / "policies")
+    assert (snapshot.round.number, snapshot.round.anchor_version, snapshot.round.low) == (1, 2, config.exploration.low)
+    assert Policy.from_bytes(snapshot.current).manifest.gradient_steps == Policy.from_bytes(snapshot.anchor).manifest.gradient_steps == 7
+    with pytest.raises(PolicyRejected, match=r"its actor is .*a learner of this deployment has \('pair', \(8,\)"):
+        esrl_policy(run, "publish", str(tmp_path / "trained"), "--set", "learner.hidden_sizes=[8]")
+    with pytest.raises(PolicyRejected, match="there is no such run"):
+        esrl_policy(tmp_path / "nowhere", "publish", str(tmp_path / "trained"))
+    assert not (tmp_path / "nowhere").exists()
+    esrl_policy(run, "pin", "static")
+    with pytest.raises(PolicyRejected, match="version 3 is pinned"):
+        esrl_policy(run, "publish", str(tmp_path / "trained"))
+
+
+def test_a_run_without_policies_begins_with_the_one_that_is_brought(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/demo.yaml")
+    Policy.static(config.spec.build(), np.full(config.spec.build().num_actions, 0.1, np.float32)).save(tmp_path / "searched")
+    assert "version 2 serves, and is the anchor of round 1" in esrl_policy(tmp_path, "publish", str(tmp_path / "searched")).output
 
 
 def test_show_prints_the_manifest(run: Path) -> None:
