@@ -365,7 +365,11 @@ class OpenSessions:
             self._end(session, Ended.TERMINATED, event.event_time_ms)
 
     def _wait(self, event: Feedback) -> None:
-        self._waiting.setdefault(event.decision_id, {})[event.event_id] = event
+        waiting = self._waiting.setdefault(event.decision_id, {})
+        if event.event_id in waiting:  # it waits for longer than ids are remembered, `join.dedup_s`
+            self._settle(event, Bucket.DUPLICATE)
+            return
+        waiting[event.event_id] = event
         self._new.waiting.add(event.decision_id)
         heapq.heappush(self.timers, (event.event_time_ms + self._patience, _PATIENCE, event.event_id, 0, event))
 

@@ -29,6 +29,16 @@ def test_feedback_is_late_after_the_amend_time_and_after_the_session() -> None:
     assert join.counts("feedback") == {Bucket.JOINED: 2, Bucket.LATE: 2}
 
 
+def test_feedback_that_waits_for_longer_than_ids_are_remembered_is_still_one_event() -> None:
+    join = Join(configure(gap_s=300, dedup_s=120))
+    for at_s in (0, 130, 260):  # the same one, stamped anew
+        join.push(feedback("a", "click", at_s, item="i0", event_id="e"))
+        join.until(at_s + 1)
+    assert join.counts("feedback") == {Bucket.IN_OPEN_SESSION: 1, Bucket.DUPLICATE: 2}
+    join.until(305)
+    assert join.counts("feedback") == {Bucket.UNMATCHED: 1, Bucket.DUPLICATE: 2}
+
+
 def test_an_event_older_than_the_deduplication_window_is_late_at_once() -> None:
     join = Join()
     join.push(*shown("a", 200))
