@@ -18,7 +18,7 @@ from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.reward import RewardConfig, digest_of, rewards_of
 from esrl_ray.vocabulary import Floats
 from streaming.session_state import encode_state, read_chain
-from streaming.steplog import NEWEST, StepLog, commit_history, list_workers
+from streaming.steplog import StepLog, commit_history, list_workers
 
 
 def recompute_rewards(log: StepLog, reward: RewardConfig, *, committed_ms: int) -> tuple[str, int] | None:
@@ -60,7 +60,7 @@ def check_rewards(root: str | Path, reward: RewardConfig) -> None:
         LogError: names the worker and both digests.
     """
     for worker in list_workers(root):
-        made = commit_history(root, worker, NEWEST)
+        made = commit_history(root, worker, 1)
         if made and made[-1].reward not in (None, reward.digest):
             raise other_rewards(made[-1].reward or "", reward, f"{root}/{worker}")
 

@@ -42,7 +42,6 @@ from streaming.stepreader import (
     COMMITTED_MS,
     INCARNATION,
     MERGED_BYTES,
-    NEWEST,
     POSITIONS,
     REWARD,
     CommitInfo,
@@ -60,7 +59,6 @@ from streaming.stepreader import (
 from streaming.steptable import check_widths, rows_to_table, step_schema
 
 __all__ = [
-    "NEWEST",
     "CommitInfo",
     "StepLog",
     "WorkerState",
@@ -154,7 +152,7 @@ class StepLog:
         if n < 0:
             return None
         try:
-            return self._states.read(n, made_commits(self._table, NEWEST).get(n, {}).get(INCARNATION))
+            return self._states.read(n, made_commits(self._table, 1).get(n, {}).get(INCARNATION))
         except LogError as damage:
             return self._go_back(n, damage)
 
@@ -309,7 +307,8 @@ class StepLog:
         self._table = DeltaTable(self._where)
         if self.committed < n:
             return False
-        if (owner := made_commits(self._table, NEWEST).get(n, {}).get(INCARNATION)) != self._incarnation:
+        made = made_commits(self._table, self.committed - n + 1)
+        if (owner := made.get(n, {}).get(INCARNATION)) != self._incarnation:
             raise Fenced(f"commit {n} was made by another incarnation {owner}", self._where, _STOP_ONE) from error
         return True
 

@@ -27,7 +27,7 @@ MERGED_BYTES = 32 * 2**20  # of the files that small ones are merged into: half 
 FILES_AT_ONCE, BYTES_AT_ONCE = 16, MERGED_BYTES  # of `read_newest`: a file is one commit, or many small ones
 INCARNATION, COMMITTED_MS, COMMIT, POSITIONS = "esrl.incarnation", "esrl.committed_ms", "esrl.commit", "esrl.positions"
 REWARD = "esrl.reward"
-NEWEST = 20  # entries of the table's history that hold its last commit, whatever its care added since
+_NEWEST = 20  # entries of the table's history that hold its last commit, unless its care or `forget` added more since
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,14 @@ def committed(table: DeltaTable, worker: str) -> int:
 
 
 def made_commits(table: DeltaTable, newest: int | None = None) -> dict[int, dict[str, Any]]:
-    """{commit: what the table's history says of it}; a commit that was voided later is told as it is now."""
-    return {int(info[COMMIT]): info for info in sorted(table.history(newest), key=lambda i: int(i["version"])) if COMMIT in info}
+    """{commit: what the table's history says of it}, of all or at least the newest; one that was voided later is told as it is now."""
+    num_entries = None if newest is None else 2 * newest + _NEWEST
+    while True:
+        history = sorted(table.history(num_entries), key=lambda info: int(info["version"]))
+        made = {int(info[COMMIT]): info for info in history if COMMIT in info}
+        if newest is None or num_entries is None or len(made) >= newest or len(history) < num_entries:
+            return made
+        num_entries *= 10
 
 
 def list_workers(root: str | Path) -> list[str]:
@@ -247,13 +253,13 @@ def last_state(root: str | Path, worker: str) -> WorkerState | None:
     table = DeltaTable(where)
     if (n := committed(table, worker)) < 0:
         return None
-    return StateFiles(f"{where}/{STATE_FOLDER}").read(n, made_commits(table, NEWEST).get(n, {}).get(INCARNATION))
+    return StateFiles(f"{where}/{STATE_FOLDER}").read(n, made_commits(table, 1).get(n, {}).get(INCARNATION))
 
 
 def commit_history(root: str | Path, worker: str, newest: int | None = None) -> list[CommitInfo]:
-    """Commits of one worker, oldest first, as far as the table's history goes back (`log.history_minutes`), or its newest entries."""
-    infos = []
-    for n, info in sorted(made_commits(DeltaTable(table_place(root, worker)), newest).items()):
+    """Commits of one worker, oldest first, as far as the table's history goes back (`log.history_minutes`), or the newest."""
+    infos, made = [], sorted(made_commits(DeltaTable(table_place(root, worker)), newest).items())
+    for n, info in made if newest is None else made[-newest:]:
         rows = int(info.get("operationMetrics", {}).get("num_added_rows", 0))
         positions = msgspec.json.decode(str(info[POSITIONS]), type=dict[str, int]) if POSITIONS in info else {}
         infos.append(CommitInfo(worker, n, rows, int(info[COMMITTED_MS]), str(info[INCARNATION]), positions, info.get(REWARD)))

@@ -21,7 +21,7 @@ from esrl_ray.cli.importing import import_files
 from esrl_ray.config import load_config
 from esrl_ray.errors import ConfigError
 from streaming.recompute import recompute_rewards
-from streaming.steplog import NEWEST, StepLog, commit_history, list_workers, read_commits, read_steps
+from streaming.steplog import StepLog, commit_history, list_workers, read_commits, read_steps
 
 COLUMNS = ("step_id", "revision", "session_id", "index", "arm", "policy_version", "event_time_ms", "ended", "next_id")
 
@@ -179,7 +179,7 @@ def _commits(root: str, workers: list[str], limit: int) -> Table:
     table.add_column("incarnation", overflow="fold")
     table.add_column("next offsets, of the newest commits", overflow="fold")
     for worker in workers:
-        history = commit_history(root, worker, 2 * limit + NEWEST)[-limit:]
+        history = commit_history(root, worker, limit)
         for info in history:
             offsets = "-" if info.positions is None else _offsets(info.positions)
             table.add_row(worker, str(info.commit), _time(info.committed_ms), f"{info.rows:,}", info.incarnation, offsets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,14 @@ from esrl_ray.config import Config, LogConfig, load_config
 from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.learning.replay_shard import ReplayShard
 from esrl_ray.policy.policy import Manifest, PolicyKind
+from esrl_ray.reward import RewardConfig
 from esrl_ray.secret import pseudonym
 from esrl_ray.vocabulary import Ended
 from streaming import erase, logfiles
 from streaming.erase import Erased, erase_user
+from streaming.recompute import check_rewards
 from streaming.statefiles import STATE_FOLDER
-from streaming.steplog import StepLog, WorkerState, read_commits, read_steps, rows_to_table
+from streaming.steplog import StepLog, WorkerState, commit_history, last_state, read_commits, read_steps, rows_to_table
 from tests.unit.test_log_command import SPEC, first, later
 
 NOW_MS = 1_700_000_000_000
@@ -106,6 +109,22 @@ def test_a_state_that_names_the_user_is_told(tmp_path: Path) -> None:
         commit(log, n, "b", msgspec.msgpack.encode({"user_id": open_user}))
         assert erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False).open_sessions == (open_user == "a")
     assert not (tmp_path / "w" / STATE_FOLDER / "nothing").exists()
+
+
+def test_what_the_last_commit_says_is_found_behind_any_number_of_erased_users(tmp_path: Path) -> None:
+    """Which reward made the rewards, and which of two states is that of the commit: one stands there of a worker that was killed."""
+    reward, users = RewardConfig(), string.ascii_letters[:25]
+    log = log_of(tmp_path)
+    commit(log, 0, users)
+    log._states.write(WorkerState(commit=1, incarnation="killed", positions={}, joiners={}, committed_ms=NOW_MS), "killed")
+    state = WorkerState(commit=1, incarnation="one", positions={}, joiners={}, committed_ms=NOW_MS, reward=reward.canonical)
+    log.commit(state, rows_to_table([]))
+    for user in users[:22]:
+        erase_user(tmp_path, "w", [user], now_ms=NOW_MS, dry_run=False)
+    with pytest.raises(LogError, match="recompute-rewards"):
+        check_rewards(tmp_path, reward.model_copy(update={"scale": 7.0}))
+    assert log_of(tmp_path).restore() == last_state(tmp_path, "w") == state
+    assert users_of(tmp_path) == set(users[22:]) and [info.commit for info in commit_history(tmp_path, "w", 1)] == [1]
 
 
 @pytest.fixture
