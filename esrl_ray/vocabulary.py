@@ -8,7 +8,6 @@ H next lists of a session.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NotRequired, TypedDict
 
@@ -88,8 +87,7 @@ class Round(msgspec.Struct, frozen=True):
     started_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepRow:
+class StepRow(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One row of the step log: a step when it closes (bulky fields set), or a later revision of it (bulky fields None).
 
     Behaviours, rewards, shown, next_id and ended are absolute: a reader keeps, per step_id, the fields of the highest revision and

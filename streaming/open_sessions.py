@@ -74,9 +74,14 @@ class OpenSessions:
         """Steps whose label age is not reached."""
         return [step for step, _ in self._steps.values() if not step.closed]
 
-    def fire(self) -> None:
-        """Apply the first timer; `now_ms` has reached it."""
-        what = heapq.heappop(self.timers)[-1]
+    def fire_until(self, time_ms: int) -> None:
+        """Apply the timers that are due by then, in their order."""
+        while self.timers and self.timers[0][0] <= time_ms:
+            due, *_, what = heapq.heappop(self.timers)
+            self.now_ms = max(self.now_ms, due)
+            self._fire(what)
+
+    def _fire(self, what: OpenStep | Session | Feedback) -> None:
         if isinstance(what, OpenStep):
             self._close_step(what)
         elif isinstance(what, Feedback):

@@ -44,7 +44,6 @@ from streaming.session_state import (
 from streaming.wire import LEAVE, Decision, DecodedDecision, Event, Feedback
 
 _FIRST_DECISIONS, _THEN_FEEDBACK, _LAST_LEAVE = range(3)  # events, in this order at the same time
-_NEVER = 1 << 62
 
 
 class SessionJoiner:
@@ -267,25 +266,22 @@ class SessionJoiner:
         """Events and timers in the order of their time. A timer is due at the watermark; an event there may still have company to come."""
         sessions, timers, pending = self._sessions, self._sessions.timers, self._pending
         apply: tuple[Callable[[Any], None], ...] = (sessions.apply_decision, sessions.apply_feedback, sessions.apply_leave)
-        self._new_pending += [event for *_, event in pending[self._num_taken :]]
+        new, at = pending[self._num_taken :], 0
         pending.sort()  # mostly in order already; no two are equal in all but the event
-        at, count = 0, len(pending)
-        while True:
-            due, arrived = timers[0][0] if timers else _NEVER, pending[at][0] if at < count else _NEVER
-            if arrived < due and arrived < watermark:
-                sessions.now_ms = max(sessions.now_ms, arrived)
-                _, order, _, event = pending[at]
-                apply[order](event)
-                at += 1
-            elif due <= arrived and due <= watermark:
-                sessions.now_ms = max(sessions.now_ms, due)
-                sessions.fire()
-            else:
+        for time_ms, order, _, event in pending:
+            if timers and timers[0][0] <= time_ms:
+                sessions.fire_until(min(time_ms, watermark))
+            if time_ms >= watermark:
                 break
+            sessions.now_ms = max(sessions.now_ms, time_ms)
+            apply[order](event)
+            at += 1
+        sessions.fire_until(watermark)
         del pending[:at]
         sessions.now_ms = watermark
         sessions.forget()
         self._new_pending = [event for event in self._new_pending if event.event_time_ms >= watermark]
+        self._new_pending += [event for time_ms, _, _, event in new if time_ms >= watermark]
         self._num_taken = len(pending)
         self._overdue = {}
         horizon = self._seen_from_s()

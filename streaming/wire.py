@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any
 
@@ -91,8 +90,7 @@ class Feedback(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 Event = Decision | Feedback
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedDecision:
+class DecodedDecision(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A checked decision with its arrays."""
 
     event: Decision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,9 +36,9 @@ NOW_MS = 1_700_000_000_000
 
 def commit(log: StepLog, n: int, users: str, joiners: bytes = b"") -> None:
     """Commit n: a step of each user, and what became of those of the commit before."""
-    rows = [replace(first(f"{n}{user}", n), user_id=user) for user in users]
+    rows = [msgspec.structs.replace(first(f"{n}{user}", n), user_id=user) for user in users]
     amended = [later(first(f"{n - 1}{user}", n - 1), next_id=f"{n}{user}", ended=Ended.HAS_NEXT, reward=n) for user in users if n]
-    rows += [replace(row, user_id=user) for row, user in zip(amended, users, strict=False)]
+    rows += [msgspec.structs.replace(row, user_id=user) for row, user in zip(amended, users, strict=False)]
     state = WorkerState(commit=n, incarnation=log.incarnation, positions={}, joiners={0: [joiners]}, committed_ms=NOW_MS)
     log.commit(state, rows_to_table(rows))
 
@@ -198,7 +197,10 @@ def test_with_a_user_key_rows_with_the_id_itself_go_too_and_rejects_are_named(de
     commit(log_of(root, "import-0"), 0, "ab")
     log = log_of(root, "ingest-2")
     state = WorkerState(commit=0, incarnation="one", positions={}, joiners={0: [msgspec.msgpack.encode("a")]}, committed_ms=NOW_MS)
-    log.commit(state, rows_to_table([replace(first(name, 0), user_id=user) for name, user in (("x", hashed), ("y", "a"), ("z", "b"))]))
+    log.commit(
+        state,
+        rows_to_table([msgspec.structs.replace(first(name, 0), user_id=user) for name, user in (("x", hashed), ("y", "a"), ("z", "b"))]),
+    )
     rejects.parent.mkdir()
     rejects.write_text("{}\n")
     result = forget(deployment, "--address", "none")
@@ -217,7 +219,7 @@ def test_without_a_cluster_the_log_is_erased_all_the_same(deployment: Config, mo
     log = log_of(Path(deployment.log_root), "ingest-2")
     commit(log, 0, "b")
     state = WorkerState(commit=1, incarnation="one", positions={}, joiners={0: [msgspec.msgpack.encode(hashed)]}, committed_ms=NOW_MS)
-    log.commit(state, rows_to_table([replace(first("x", 0), user_id=hashed)]))
+    log.commit(state, rows_to_table([msgspec.structs.replace(first("x", 0), user_id=hashed)]))
     result = forget(deployment)
     assert "ingest-0: 2 rows of 2 steps" in result.output and "ingest-2: 1 rows of 1 steps" in result.output
     assert "no Ray cluster runs here" in result.output

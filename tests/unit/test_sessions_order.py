@@ -311,7 +311,9 @@ def test_a_restart_at_any_point_changes_no_row(name: str, sent: list[Sent], poll
     config = CONFIGS[name]
     rows, joiner = join(sent, config, polls)
     steady_rows, steady = join(sent, config, [poll._replace(then="advance" if poll.then else "") for poll in polls])
-    assert [[text(v) for v in dataclasses.astuple(r)] for r in rows] == [[text(v) for v in dataclasses.astuple(r)] for r in steady_rows]
+    assert [[text(v) for v in msgspec.structs.astuple(r)] for r in rows] == [
+        [text(v) for v in msgspec.structs.astuple(r)] for r in steady_rows
+    ]
     assert joiner.ledger == steady.ledger
     assert remembered([joiner.snapshot()]) == remembered([steady.snapshot()])
 
