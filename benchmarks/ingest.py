@@ -155,8 +155,10 @@ def long_run(servers: str, num_events: int) -> Table:
         cost = (mark["cpu_s"] - before["cpu_s"]) / (mark["events"] - before["events"]) * 1e6
         rows.append((f"{mark['events']:,.0f}", f"{cost:.1f}", f"{mark['rss_bytes'] / 1e6:.0f}"))
         before = mark
+    capacity = deployment(case.num_features).replay.capacity
     note = (
-        f"{written.num_events:,} events over {written.num_events / EVENTS_PER_S:.0f} s of event time; ids are remembered for 120 s of it."
+        f"{written.num_events:,} events over {written.num_events / EVENTS_PER_S:.0f} s of event time; ids are remembered for 120 s of it. "
+        f"The replay has all its memory once its {capacity:,} steps are filled, after {capacity * (1 + FEEDBACK_PER_DECISION):,} events."
     )
     return Table("A long run: " + case.name, "flat", ("events read", "us an event since the line above", "RSS [MB]"), rows, [note])
 

@@ -33,7 +33,8 @@ from streaming.steplog import StepLog, read_commits
 from streaming.wire import Decision, Feedback
 from streaming.worker import IngestWorker
 
-MARKS = 10
+MARKS = (0.01, 0.03, *(tenth / 10 for tenth in range(1, 11)))
+"""Shares of a run after which its cost and memory are noted."""
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -62,7 +63,7 @@ class Meter:
     def count(self, num_events: int) -> None:
         """More events have been read."""
         self.events += num_events
-        if self.events >= (len(self.marks) + 1) * self.total / MARKS:
+        if len(self.marks) < len(MARKS) and self.events >= MARKS[len(self.marks)] * self.total:
             rss = self._process.memory_info().rss
             self.marks.append({"events": float(self.events), "cpu_s": time.process_time() - self._cpu, "rss_bytes": rss})
 
