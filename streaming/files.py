@@ -32,6 +32,7 @@ PARQUET, LINES = (".parquet",), (".jsonl", ".ndjson", ".json")
 BATCH_ROWS = 1_000
 SAMPLE_BYTES = 2_000
 SHARE_ROWS = 100  # fewer than of a topic: a small file of another schema should not pass as refused rows
+_BEGINS = b'{"table":'  # of each line of the rejects
 _ENDS_BYTES = 2**20  # of a file, at each end, that its id is made of
 
 
@@ -146,15 +147,19 @@ class Rejects:
     """Refused rows, and late ones with `kafka.late_topics`, as JSON lines; what the worker needs of `streaming.deadletter.DeadLetters`.
 
     Args:
-        path: Made at the first one; appended to.
+        path: Made at the first one; appended to. Imports into other tables may have written to it, what they refused is theirs.
+        table: Id of the table that rows are imported into.
         max_share: Of 100 rows that may be refused.
+
+    Raises:
+        InputDataError: the file is something else.
     """
 
-    def __init__(self, path: Path, *, max_share: float) -> None:
-        self._path, self._share = path, RefusedShare(max_share, window=SHARE_ROWS)
+    def __init__(self, path: Path, table: str, *, max_share: float) -> None:
+        self._path, self._table, self._share = path, table, RefusedShare(max_share, window=SHARE_ROWS)
         self._waiting: list[dict[str, Any]] = []
-        self._last: dict[str, int] = {}  # topic -> last row that stands in the file
-        self.counts: Counter[tuple[str, str]] = Counter()  # (topic, code) of the whole file
+        self._last: dict[str, int] = {}  # topic -> last row of this import that stands in the file
+        self.counts: Counter[tuple[str, str]] = Counter()  # (topic, code) of this import
         if path.exists():
             self._read()
 
@@ -190,7 +195,7 @@ class Rejects:
         self._waiting.clear()
 
     def _take(self, entry: dict[str, Any]) -> None:
-        self._waiting.append(entry)
+        self._waiting.append({"table": self._table, **entry})
         self._count(entry)
 
     def _count(self, entry: Mapping[str, Any]) -> None:
@@ -203,11 +208,20 @@ class Rejects:
         whole = 0
         with self._path.open("rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._count(msgspec.json.decode(line))
-                whole += len(line)
+                if line.endswith(b"\n"):
+                    try:
+                        if (entry := msgspec.json.decode(line, type=dict[str, Any]))["table"] == self._table:
+                            self._count(entry)
+                    except (msgspec.DecodeError, KeyError):
+                        raise self._other(line) from None
+                    whole += len(line)
+                elif not line.startswith(_BEGINS[: len(line)]):
+                    raise self._other(line)
         os.truncate(self._path, whole)
+
+    def _other(self, line: bytes) -> InputDataError:
+        what = f"the file has a line that is no refused row: {line[:80].decode(errors='replace')!r}"
+        return InputDataError(what, str(self._path), "name another file with --rejects")
 
 
 def _sample(value: bytes, content_type: bytes) -> str:

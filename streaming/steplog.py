@@ -129,6 +129,11 @@ class StepLog:
         return self._incarnation
 
     @property
+    def table_id(self) -> str:
+        """Of this table, and of none that is made in its place."""
+        return str(self._table.metadata().id)
+
+    @property
     def committed(self) -> int:
         """Number of the last commit; -1 before the first."""
         return committed(self._table, self._worker)

@@ -39,7 +39,7 @@ def forget(*, user_id: str, path: str, overrides: tuple[str, ...], dry_run: bool
     found = _erase(root, workers, names, dry_run=True)
     versions = trained_on(config, found)  # before anything is gone: a crash must not take the only list of them along
     click.echo(f"policies trained on them: {', '.join(map(str, versions)) or 'none'}")
-    for file in sorted((config.run.path / "rejects").glob("*")):
+    for file in sorted((config.run.path / "rejects").glob("*.jsonl")):
         click.echo(f"not searched: {file} (samples of rows that an import refused)")
     if not dry_run:
         found = _erase(root, workers, names, dry_run=False)

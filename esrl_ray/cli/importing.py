@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError, StreamError
 from streaming.files import FileSource, Rejects
+from streaming.partitions import LIVE
 from streaming.steplog import StepLog
 from streaming.worker import IngestWorker
 
 FOREVER_S = 1e9
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def import_files(
@@ -45,8 +48,10 @@ def import_files(
     Raises:
         EsrlError: files that cannot be read, files other than those that this worker has begun with, too many refused rows.
     """
-    if worker.startswith("ingest-"):
+    if worker.startswith(LIVE):
         raise ConfigError(f"{worker!r} is the name of a live worker", "--worker", "take another, e.g. import-0")
+    if not NAME.fullmatch(worker):  # it becomes a folder
+        raise ConfigError(f"{worker!r} is no name of a table: expected {NAME.pattern}", "--worker", "take another, e.g. import-0")
     one = {"kafka": config.kafka.model_copy(update={"num_partitions": 1}), "serve": config.serve.model_copy(update={"decision_keys": ()})}
     alone = config.model_copy(update=one)  # a single reader, and decisions of another time were signed with other keys
     log = StepLog(root, worker, uuid.uuid4().hex, config.spec.build(), config.log)
@@ -62,7 +67,7 @@ def import_files(
         source = FileSource(config.kafka, decisions, feedback, positions, max_poll_records=limit, user_key=key)
         return source
 
-    refused = Rejects(rejects, max_share=config.kafka.max_dead_letter_share)
+    refused = Rejects(rejects, log.table_id, max_share=config.kafka.max_dead_letter_share)
     reader = IngestWorker(
         alone,
         worker,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -258,6 +259,11 @@ def test_other_files_and_names_are_refused(tmp_path: Path) -> None:
     assert len(read_steps(tmp_path / "log")) == 24, "a step that comes again is the same step"
     with pytest.raises(ConfigError, match="live worker"):
         imported(tmp_path, first, second, worker="ingest-0")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("../../escaped", "a/b", "", ".", "..", "-x", "_state", "a b", "a\n", str(tmp_path / "elsewhere")):
+        with pytest.raises(ConfigError, match=r"is no name of a table.*--worker"):
+            imported(tmp_path, first, second, worker=name)
+    assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(InputDataError, match="no files"):
         imported(tmp_path, tmp_path / "none", second, worker="import-2")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
@@ -267,9 +273,36 @@ def test_other_files_and_names_are_refused(tmp_path: Path) -> None:
 
 def test_a_line_of_the_rejects_that_a_crash_cut_off_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"topic":"feedback","row":3,"code":"malformed"}\n{"topic":"feedback","ro')
-    rejects = Rejects(path, max_share=0.2)
-    assert rejects.counts == {("feedback", "malformed"): 1} and path.read_bytes().endswith(b"}\n")
+    line = b'{"table":"t","topic":"feedback","row":3,"code":"malformed"}\n'
+    for cut in range(1, len(line)):
+        path.write_bytes(line + line[:cut])
+        assert Rejects(path, "t", max_share=0.2).counts == {("feedback", "malformed"): 1} and path.read_bytes() == line
+
+
+@pytest.mark.parametrize("content", ["a note without an end", '{"decision_id": "d"}\n', "[1]\n", "a line\n", '{"table": "t"}\n'])
+def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputDataError, match=r"no refused row.*mine\.jsonl.*--rejects"):
+        Rejects(path, "t", max_share=0.2)
+    assert path.read_text() == content
+
+
+def test_what_another_import_refused_does_not_hide_what_this_one_refuses(tmp_path: Path) -> None:
+    decisions, events = visits()
+    first = write_lines(tmp_path / "d.jsonl", [wire(d) for d in decisions])
+
+    def with_junk(name: str, row: int) -> Path:
+        rows: list[Row | bytes] = [*(wire(e) for e in events[:row]), b"junk", *(wire(e) for e in events[row:])]
+        return write_lines(tmp_path / name, rows)
+
+    late, early = with_junk("late.jsonl", 60), with_junk("early.jsonl", 5)
+    for worker, second in (("import-1", late), ("import-2", early)):
+        assert any(line.startswith("rejects") and " 1 of feedback" in line for line in imported(tmp_path, first, second, worker=worker))
+    shutil.rmtree(tmp_path / "log" / "import-1")  # as after another spec, whose log is another
+    imported(tmp_path, first, late, worker="import-1")
+    refused = [msgspec.json.decode(line) for line in (tmp_path / "rejects.jsonl").read_bytes().splitlines()]
+    assert [entry["row"] for entry in refused] == [60, 5, 60] and len({entry["table"] for entry in refused}) == 3
 
 
 def test_the_command_imports_and_training_reads_it(tmp_path: Path) -> None:
