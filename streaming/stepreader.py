@@ -180,8 +180,15 @@ def read_steps(root: str | Path, *, as_of: Mapping[str, int] | None = None) -> p
     return merge_steps(pa.concat_tables(tables)) if tables else step_schema().empty_table()
 
 
-def read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Bools], *, max_rows: int = 500_000) -> pa.Table:
-    """About `num_steps` of the newest steps that count, merged, of all workers, in order of event time.
+def read_newest(
+    root: str | Path,
+    num_steps: int,
+    keep: Callable[[pa.Table], Bools],
+    *,
+    workers: Sequence[str] | None = None,
+    max_rows: int = 500_000,
+) -> pa.Table:
+    """About `num_steps` of the newest steps that count, merged, in order of event time.
 
     Files are read from the newest back, some at a time, so that a long log costs no more than what is asked for.
 
@@ -189,12 +196,13 @@ def read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Boo
         root: Folder of all workers' tables.
         num_steps: How many; and what stands in the same files.
         keep: Rows -> (n,) which of them count.
+        workers: Whose tables; None: of all that there are.
         max_rows: Rows to look at, at most, in all workers together; the files of the last ones are read to their end.
     """
     try:
-        return _read_newest(root, num_steps, keep, max_rows)
+        return _read_newest(root, num_steps, keep, list_workers(root) if workers is None else workers, max_rows)
     except FileNotFoundError:  # an owner cleaned up meanwhile
-        return _read_newest(root, num_steps, keep, max_rows)
+        return _read_newest(root, num_steps, keep, list_workers(root) if workers is None else workers, max_rows)
 
 
 class _Backwards:
@@ -218,9 +226,9 @@ class _Backwards:
         self.since_ms = min([self.since_ms, *rows["closed_ms"].to_pylist()])
 
 
-def _read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Bools], max_rows: int) -> pa.Table:
+def _read_newest(root: str | Path, num_steps: int, keep: Callable[[pa.Table], Bools], workers: Sequence[str], max_rows: int) -> pa.Table:
     """Back to the same time in all tables: a step's first row may stand in one table and what amends it in another, see `partitions`."""
-    tables = [_Backwards(_Reader(root, worker), keep) for worker in list_workers(root)]
+    tables = [_Backwards(_Reader(root, worker), keep) for worker in workers]
     if not tables:
         return step_schema().empty_table()
     for table in tables:

@@ -29,6 +29,7 @@ from streaming.source import Source
 from streaming.steplog import StepLog
 from streaming.worker import IngestWorker
 
+BEGIN_S = 600.0  # of a worker: it reads its state first
 _logger = logging.getLogger(__name__)
 
 
@@ -195,12 +196,15 @@ class IngestMeter:
             self._telemetry.gauge("esrl_kafka_lag_events", lag, topic=topic, partition=partition)
         self._telemetry.gauge("esrl_kafka_lag_age_seconds", (now_ms - status["looked_ms"]) / 1e3, worker=self._worker)
         for partition, watermark_ms in status["watermarks_ms"].items():
+            if watermark_ms == 0:
+                continue  # no event yet: behind by the age of the epoch
             self._telemetry.gauge("esrl_watermark_behind_seconds", (now_ms - watermark_ms) / 1e3, partition=str(partition))
         for partition, sessions in status["open_sessions"].items():
             self._telemetry.gauge("esrl_session_open_count", sessions, partition=str(partition))
         for delay, total in status["label_delays"].items():
             self._count("esrl_step_label_delay_total", total, known=0, seconds=delay)
-        self._telemetry.gauge("esrl_log_last_commit_seconds", (now_ms - status["committed_ms"]) / 1e3, worker=self._worker)
+        if status["committed_ms"]:
+            self._telemetry.gauge("esrl_log_last_commit_seconds", (now_ms - status["committed_ms"]) / 1e3, worker=self._worker)
 
 
 def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:
@@ -208,6 +212,7 @@ def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, Act
 
     Raises:
         Fenced: workers of another number run still.
+        LoopError: a worker cannot begin.
     """
     owners = owners_of(config)
     moved = deal_partitions(config.log_root, config.spec.build(), owners, incarnation=uuid.uuid4().hex, committed_ms=clock_ms())
@@ -215,4 +220,7 @@ def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, Act
         _logger.info("partition moved partition=%d from=%s to=%s", p, before, owners[p])
     for shard in shards:
         actors.insist(shard.catch_up.remote)
-    return {name: actors.spawn(name, IngestPart, config, name, shards, max_concurrency=4) for name in worker_names(config)}
+    workers = {name: actors.spawn(name, IngestPart, config, name, shards, max_concurrency=4) for name in worker_names(config)}
+    for worker in workers.values():  # what it refuses to begin with, such as a log of another reward, is said here and now
+        actors.insist(worker.pid.remote, timeout_s=BEGIN_S)
+    return workers

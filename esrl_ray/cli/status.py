@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
@@ -21,9 +21,13 @@ from esrl_ray.errors import BrokerError, ConfigError
 from esrl_ray.vocabulary import Bucket
 from streaming.broker import end_offsets
 from streaming.health import DELAY_CLASSES, label_delays
+from streaming.partitions import live_workers
 from streaming.session_state import DECISIONS, FEEDBACK
 from streaming.sessions import SessionJoiner
-from streaming.steplog import last_state, list_workers, read_newest
+from streaming.steplog import last_state, read_newest
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 NEWEST_STEPS = 2_000
 OLD_S = 30.0
@@ -52,7 +56,7 @@ def status(*, path: str, overrides: tuple[str, ...], address: str, seconds: floa
         found = logged(config)
     if not found["workers"]:
         raise ConfigError(
-            "no worker runs and there is no step log", config.log_root, "name the deployment with --config or --set run.dir=..."
+            "no worker runs and none has a step log", config.log_root, "name the deployment with --config or --set run.dir=..."
         )
     found["join"] = join_health(found["workers"].values())
     if as_json:
@@ -70,11 +74,11 @@ def live(config: Config, address: str, seconds: float) -> dict[str, Any]:
         from esrl_ray.cli.parts import worker_names
 
         if actors.connect(address):
-            first = {name: actors.ask(handle.status.remote) for name, handle in actors.present(worker_names(config)).items()}
+            first = {name: _look(handle) for name, handle in actors.present(worker_names(config)).items()}
             time.sleep(seconds if first else 0.0)
             for name, handle in actors.present(first).items():
-                now, before = actors.ask(handle.status.remote), first[name]
-                per_s = None if now is None or before is None else (now["steps_closed"] - before["steps_closed"]) / seconds
+                (before, then_s), (now, now_s) = first[name], _look(handle)
+                per_s = None if now is None or before is None else (now["steps_closed"] - before["steps_closed"]) / (now_s - then_s)
                 workers[name] = {**(now or {}), "source": SILENT if now is None else LIVE, "steps_per_s": per_s}
             names = [f"replay-{i}" for i in range(config.replay.num_shards)]
             for name, handle in actors.present(names).items():
@@ -83,12 +87,19 @@ def live(config: Config, address: str, seconds: float) -> dict[str, Any]:
     return {"workers": workers, "shards": shards}
 
 
+def _look(worker: ActorHandle) -> tuple[Status | None, float]:
+    """A worker's status and when it came: one that is slow, or silent until the time is out, holds up the looks at the others."""
+    from esrl_ray import actors
+
+    return actors.ask(worker.status.remote), time.monotonic()
+
+
 def logged(config: Config) -> dict[str, Any]:
-    """The same, as of the last commit of each worker in the log; lag is None when no broker answers."""
+    """The same, as of the last commit of each worker in the log (an import is none: it reads files); lag is {} when no broker answers."""
     root = config.log_root
     workers: dict[str, Status] = {}
     names = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
-    states = {worker: state for worker in list_workers(root) if (state := last_state(root, worker)) is not None and state.held}
+    states = {worker: state for worker in live_workers(root) if (state := last_state(root, worker)) is not None and state.held}
     try:
         ends = end_offsets(config.kafka) if states and config.kafka.bootstrap_servers else {}
     except BrokerError:
@@ -114,7 +125,7 @@ def logged(config: Config) -> dict[str, Any]:
             "committed_ms": state.committed_ms,
         }
     if workers:  # of the newest steps of all workers; the first one stands for them
-        newest = read_newest(root, NEWEST_STEPS, lambda rows: rows["item_ids"].is_valid().to_numpy())
+        newest = read_newest(root, NEWEST_STEPS, lambda rows: rows["item_ids"].is_valid().to_numpy(), workers=live_workers(root))
         next(iter(workers.values()))["label_delays"] = label_delays(newest)
     return {"workers": workers, "shards": {}}
 

@@ -17,7 +17,9 @@ import ray
 from ray.actor import ActorHandle
 
 from esrl_ray import actors
+from esrl_ray.cli import parts
 from esrl_ray.config import Config, load_config
+from esrl_ray.errors import LoopError
 from esrl_ray.learning.checkpoint import PROGRESS_FILE, Progress
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
@@ -275,3 +277,15 @@ def test_a_round_that_someone_else_started_is_taken_over(running: Running) -> No
     running.until(lambda: running.status("round") == turn.number)
     learns_on(running)
     running.stop()
+
+
+def test_a_worker_that_refuses_to_begin_is_an_error_of_the_start(tmp_path: Path) -> None:
+    """Its log has another reward; without a look at its constructor the first word of it would come with the first status."""
+    config = load_config("configs/demo.yaml", [f"run.dir={tmp_path}", "kafka.bootstrap_servers=127.0.0.1:1"])
+    log = StepLog(config.log_root, "ingest-0", "one", config.spec.build())
+    other = config.reward.model_copy(update={"scale": 99.0}).canonical
+    state = WorkerState(commit=0, incarnation="one", positions={}, joiners={}, committed_ms=clock_ms(), reward=other)
+    log.commit(state, rows_to_table([]))
+    del log  # the lock of a running worker
+    with pytest.raises(LoopError, match=r"an actor cannot start: .*LogError.*recompute-rewards"):
+        parts.spawn_ingest(config, [])

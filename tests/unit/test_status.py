@@ -78,30 +78,37 @@ def test_a_broker_that_is_down_leaves_the_lag_unknown(run_dir: Path, monkeypatch
 
 
 def test_nothing_anywhere_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no worker runs and there is no step log .*log"):
+    with pytest.raises(ConfigError, match=r"no worker runs and none has a step log .*log"):
         of(tmp_path, "--address", "none")
 
 
 class Running:
-    """Two workers on a cluster, of which one does not answer; a step every tenth of a second."""
+    """Three workers on a cluster, of which one does not answer and one is slow; a hundred steps a second."""
 
     def __init__(self) -> None:
         world = World()
         world.write(decision("d", 0.0))
         self.status = {**world.worker().status(), "lag": {"decisions/0": 1, "feedback/0": 0, "decisions/1": 2, "feedback/1": 0}}
-        self.looks = 0
+        self.now_s = 0.0
+        self.takes_s = {"silent": 5.0, "slow": 3.0}
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
 
     def ask(self, call: Any, *_: object) -> Any:
+        self.sleep(self.takes_s.get(call, 0.01))
+        if call == "slow":
+            self.takes_s["slow"] = 0.1  # the second time it is not
+            return {"steps_closed": 100 * self.now_s}
         if call == "silent":
             return None
         if call == "stats":
             return {"size": 5, "num_samplable": 4, "lineage": {}, "num_inserted": 5}
-        self.looks += 1
         refusals = {"decisions": {"malformed": 2}, "feedback": {}}
         ledger = {"decisions": {"joined": 6, "never_shown": 2, "in_open_session": 9}, "feedback": {"joined": 9, "unmatched": 1}}
         return {
             **self.status,
-            "steps_closed": 10 * self.looks,
+            "steps_closed": 100 * self.now_s,
             "refusals": refusals,
             "ledger": ledger,
             "label_delays": {"<=5": 3, ">1800": 1},
@@ -110,16 +117,18 @@ class Running:
 
 def test_running_workers_are_asked_twice_for_their_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running = Running()
-    calls = {"ingest-0": "status", "ingest-1": "silent", "replay-0": "stats"}
+    calls = {"ingest-0": "status", "ingest-1": "silent", "ingest-2": "slow", "replay-0": "stats"}
     handles = {
         name: SimpleNamespace(**{kind: SimpleNamespace(remote=call) for kind in ("status", "stats")}) for name, call in calls.items()
     }
     monkeypatch.setattr(actors, "connect", lambda _: True)
     monkeypatch.setattr(actors, "present", lambda names: {name: handles[name] for name in names if name in handles})
     monkeypatch.setattr(actors, "ask", running.ask)
-    arguments = ["--set", "ingest.num_workers=2", "--seconds", "0.1"]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: running.now_s, sleep=running.sleep))
+    arguments = ["--set", "ingest.num_workers=3", "--set", "kafka.num_partitions=4", "--seconds", "0.1"]
     found = of(tmp_path, *arguments, "--json")
-    assert found["workers"]["ingest-0"]["steps_per_s"] == pytest.approx(100) and found["workers"]["ingest-1"] == {
+    assert [found["workers"][name]["steps_per_s"] for name in ("ingest-0", "ingest-2")] == pytest.approx([100, 100])
+    assert found["workers"]["ingest-1"] == {
         "source": "does not answer",
         "steps_per_s": None,
     }
@@ -159,10 +168,42 @@ def test_every_number_of_a_worker_is_a_metric(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("esrl_ray.cli.parts.Telemetry", Telemetry)
     running = Running()
-    IngestMeter("ingest-0").read(running.ask("status"), now_ms=T0 + 63_000)
+    known = {**running.ask("status"), "committed_ms": T0, "watermarks_ms": {0: T0}}
+    IngestMeter("ingest-0").read(known, now_ms=T0 + 63_000)
     for name, tags in told.items():
         declared = (COUNTERS | GAUGES)[name][1]
         assert all(set(found) == set(declared) for found in tags), name
     wanted = {"esrl_kafka_lag_events", "esrl_watermark_behind_seconds", "esrl_session_open_count", "esrl_step_closed_total"}
     wanted |= {"esrl_event_refused_total", "esrl_log_last_commit_seconds", "esrl_event_settled_total", "esrl_step_label_delay_total"}
     assert wanted <= set(told) and amounts["esrl_kafka_lag_age_seconds"] == 63.0
+
+
+def test_before_the_first_event_and_commit_no_age_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, float] = {}
+    telemetry = SimpleNamespace(count=lambda *_, **__: None, gauge=lambda name, value, **_: told.update({name: value}))
+    monkeypatch.setattr("esrl_ray.cli.parts.Telemetry", lambda: telemetry)
+    world, meter = World(), IngestMeter("ingest-0")
+    meter.read(world.worker().status(), now_ms=T0)
+    late = {"esrl_log_last_commit_seconds", "esrl_watermark_behind_seconds"}
+    assert not late & set(told) and "esrl_session_open_count" in told, "they would be 50 years, and an alarm"
+    world.write(decision("d", 0.0))
+    worker = world.worker()
+    for _ in range(20):
+        worker.run_once()
+    meter.read(worker.status(), now_ms=world.now_ms)
+    assert late <= set(told) and max(told[name] for name in late) < 60
+
+
+def test_imports_are_no_workers(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "end_offsets", lambda _: {(topic, p): 10 for topic in ("decisions", "feedback") for p in (0, 1)})
+    before = of(run_dir, "--address", "none", "--json")
+    log, joiner = (
+        StepLog(run_dir / "log" / SPEC.digest, "import-0", "one", SPEC),
+        SessionJoiner(0, Config(spec=SPECIFIED.spec, reward=REWARD)),
+    )
+    joiner.push([(0, decision("old", 0.0))], [(0, feedback("old", "shown", 0.5))])
+    rows = joiner.close(clock_ms=T0 + 10**10)
+    positions = {"decisions/0": 1, "feedback/0": 1}
+    state = WorkerState(commit=0, incarnation="one", positions=positions, joiners={0: [joiner.snapshot()]}, committed_ms=T0)
+    log.commit(state, rows_to_table(rows))
+    assert of(run_dir, "--address", "none", "--json") == before
