@@ -2,6 +2,9 @@
 
 Delivery: one Delta commit for a table, which nothing but another rewrite at the same moment can refuse; then the files that held the user
 are removed, those of earlier rewrites too. A crash in between is made good by running it again: what is gone is not counted twice.
+
+Delta knows the files of its latest commits only. A commit that crashed leaves one that it never knew, and what a rewrite took away is
+forgotten after `log.keep_hours`, whether the file went or not: so the folder is searched as well.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from pyarrow import dataset, fs
 
-from streaming.logfiles import NO_HOOKS, LogFile, list_files, read_files, rewrite
-from streaming.statefiles import STATE_FOLDER, open_store
+from streaming.logfiles import DATE, NO_HOOKS, LogFile, list_files, read_files, rewrite
+from streaming.session_state import users_in
+from streaming.statefiles import SHA_BYTES, STATE_FOLDER, WorkerState, open_store
 from streaming.stepreader import table_place
 
 ATTEMPTS = 10  # the owner rewrites once in many commits
+COMMIT_MS = 3_600_000  # no commit lasts so long: a file that is older and in no table belongs to none
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,8 @@ class Erased:
     """Those that wrote the rows."""
     open_sessions: bool
     """State files still name the user: a session is open, or ended within the last commits."""
+    unsettled: int
+    """Files that hold the user, or cannot be read, and may belong to a commit that is under way."""
 
 
 def erase_user(root: str | Path, worker: str, user_ids: Collection[str], *, now_ms: int, dry_run: bool) -> Erased:
@@ -65,6 +72,7 @@ def erase_user(root: str | Path, worker: str, user_ids: Collection[str], *, now_
                 raise
     if not dry_run:  # not the full one: it would take the files of a commit that is under way
         table.vacuum(0, dry_run=False, enforce_retention_duration=False, post_commithook_properties=NO_HOOKS)
+    unsettled = 0 if dry_run else _remove_unnamed(store, folder, where, user_ids, before_ms=now_ms - COMMIT_MS)
     held = pa.concat_tables([rows for _, rows in found]) if found else None
     return Erased(
         worker=worker,
@@ -72,7 +80,31 @@ def erase_user(root: str | Path, worker: str, user_ids: Collection[str], *, now_
         num_steps=0 if held is None else pc.count_distinct(held["step_id"]).as_py(),
         commits=() if held is None else tuple(np.unique(held["commit"].to_numpy()).tolist()),
         open_sessions=_named_in_states(store, f"{folder}/{STATE_FOLDER}", user_ids),
+        unsettled=unsettled,
     )
+
+
+def _remove_unnamed(store: fs.FileSystem, folder: str, where: str, user_ids: Collection[str], *, before_ms: int) -> int:
+    """Remove old files that are in no table and hold the user; how many are too young for that."""
+    selector = fs.FileSelector(folder, recursive=True)
+    found = [entry for entry in store.get_file_info(selector) if entry.path.removeprefix(f"{folder}/").startswith(f"{DATE}=")]
+    named = {f"{folder}/{file.path}" for file in list_files(DeltaTable(where))}  # after the listing, or a new commit's file looked unnamed
+    num_young = 0
+    for entry in found:
+        if entry.type != fs.FileType.File or entry.path in named:
+            continue
+        try:
+            if not len(_rows_of(store, entry.path, user_ids)):
+                continue
+        except FileNotFoundError:  # its owner came first
+            continue
+        except pa.ArrowInvalid:  # half of it was written
+            pass
+        if entry.mtime_ns // 1_000_000 < before_ms:
+            store.delete_file(entry.path)
+        else:
+            num_young += 1
+    return num_young
 
 
 def _rows_of(store: fs.FileSystem, path: str, user_ids: Collection[str]) -> pa.Table:
@@ -90,13 +122,22 @@ def _without(
 
 
 def _named_in_states(store: fs.FileSystem, folder: str, user_ids: Collection[str]) -> bool:
-    names = [msgspec.msgpack.encode(user_id) for user_id in user_ids]  # as they stand in states, at any depth: with their length in front
     for entry in store.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         try:
             with store.open_input_file(entry.path) as file:
-                state = file.read()
-                if any(name in state for name in names):
+                if _names(file.read(), user_ids):
                     return True
         except FileNotFoundError:  # swept by the owner
             continue
     return False
+
+
+def _names(state: bytes, user_ids: Collection[str]) -> bool:
+    """Whether a state file holds steps of the user. What else reads like the id may be that of an item."""
+    if not any(msgspec.msgpack.encode(user_id) in state for user_id in user_ids):  # as it stands there: with its length in front
+        return False
+    try:
+        joiners = msgspec.msgpack.decode(state[SHA_BYTES:], type=WorkerState).joiners
+        return any(users_in(part) & {*user_ids} for parts in joiners.values() for part in parts)
+    except (msgspec.MsgspecError, UnicodeDecodeError):  # damaged: nobody can tell
+        return True

@@ -175,6 +175,17 @@ def read_chain(payloads: Sequence[bytes], partition: int) -> JoinState:
     return states[0] if len(states) == 1 else _put_together(states)
 
 
+def users_in(payload: bytes) -> set[str]:
+    """Ids of the users whose steps a state holds, or has new.
+
+    Raises:
+        MsgspecError, UnicodeDecodeError: it is damaged, or of another version.
+    """
+    state = _decoder.decode(payload)
+    steps = chain(state.pending_decisions, *(session.steps for session in chain(state.sessions, state.active)))
+    return {step.user_id for step in steps}
+
+
 def drop_forgotten(memory: dict[str, tuple[int, Any]], now_ms: int) -> None:
     """Drop the oldest entries, as far as they are to be forgotten before now."""
     while memory and memory[first := next(iter(memory))][0] < now_ms:

@@ -25,6 +25,7 @@ from esrl_ray.errors import LogError
 
 STATE_FOLDER = "_state"  # in the worker's table
 KEPT_STATES = 3
+SHA_BYTES = 32  # in front of a state file
 MAX_CHAIN = 100  # files that a restart reads, at most: in an object store each costs a request
 
 
@@ -129,9 +130,9 @@ class StateFiles:
         try:
             with self._store.open_input_file(path) as file:
                 raw = file.read()
-            if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+            if hashlib.sha256(raw[SHA_BYTES:]).digest() != raw[:SHA_BYTES]:
                 raise LogError("the sha256 of the state file does not match its content", path)
-            state = msgspec.msgpack.decode(raw[32:], type=WorkerState)
+            state = msgspec.msgpack.decode(raw[SHA_BYTES:], type=WorkerState)
         except (OSError, pa.ArrowException, msgspec.MsgspecError) as error:
             raise LogError(f"cannot read the state file: {error}", path) from error
         if state.commit != n:

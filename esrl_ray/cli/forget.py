@@ -52,6 +52,9 @@ def forget(*, user_id: str, path: str, overrides: tuple[str, ...], dry_run: bool
     if named := [erased.worker for erased in found if erased.open_sessions]:
         what = f"the state of {', '.join(named)} still names the user, whose session is open or has just ended"
         raise LogError(what, root, "run this again some hundred commits later")
+    if young := [erased.worker for erased in found if erased.unsettled]:
+        what = f"the folder of {', '.join(young)} has files that hold the user or cannot be read, and are in no commit, or not yet"
+        raise LogError(what, root, "run this again in an hour, when no commit can be waiting for them")
 
 
 def _erase(root: str, workers: Sequence[str], names: Collection[str], *, dry_run: bool) -> list[Erased]:

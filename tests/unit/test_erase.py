@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,12 @@ from esrl_ray.reward import RewardConfig
 from esrl_ray.secret import pseudonym
 from esrl_ray.vocabulary import Ended
 from streaming import erase, logfiles
-from streaming.erase import Erased, erase_user
+from streaming.erase import COMMIT_MS, Erased, erase_user
 from streaming.recompute import check_rewards
-from streaming.statefiles import STATE_FOLDER
+from streaming.sessions import SessionJoiner
 from streaming.steplog import StepLog, WorkerState, commit_history, last_state, read_commits, read_steps, rows_to_table
 from tests.unit.test_log_command import SPEC, first, later
+from tests.unit.test_sessions import CONFIG, T0, decision
 
 NOW_MS = 1_700_000_000_000
 
@@ -103,11 +105,33 @@ def test_a_merge_at_the_same_moment_makes_it_begin_again(tmp_path: Path, monkeyp
 
 
 def test_a_state_that_names_the_user_is_told(tmp_path: Path) -> None:
-    log = log_of(tmp_path)
-    for n, open_user in enumerate(["ab", "a"]):  # the id with its length: "a" is not in "ab"
-        commit(log, n, "b", msgspec.msgpack.encode({"user_id": open_user}))
-        assert erase_user(tmp_path, "w", {"a"}, now_ms=NOW_MS, dry_run=False).open_sessions == (open_user == "a")
-    assert not (tmp_path / "w" / STATE_FOLDER / "nothing").exists()
+    """A step of user "u" with items "i0" to "i2" is pending in the first state, and in an open session in the second."""
+    log, joiner = log_of(tmp_path), SessionJoiner(0, CONFIG)
+    for n, (seconds, is_named) in enumerate([(1, True), (8, True), (60, True), (60, True), (60, False)]):
+        joiner.push([(0, decision("d", 1.0))] if n == 0 else [], [])
+        joiner.advance(clock_ms=T0 + 1_000 * seconds, decisions_at_end=True, feedback_at_end=True)
+        commit(log, n, "b", joiner.snapshot())
+        for name in ("u", "i0", "d"):
+            erased = erase_user(tmp_path, "w", {name}, now_ms=NOW_MS, dry_run=False)
+            assert erased.open_sessions == (is_named and name == "u"), (n, name)
+    commit(log, 5, "b", msgspec.msgpack.encode("i0"))  # of another version
+    assert erase_user(tmp_path, "w", {"i0"}, now_ms=NOW_MS, dry_run=False).open_sessions, "nobody can tell"
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_files_that_the_table_has_forgotten_or_never_knew_go_when_no_commit_can_name_them(tmp_path: Path, half: bool) -> None:
+    log = log_of(tmp_path, tidy_every=2, keep_hours=0, history_minutes=0)
+    for n in range(4):
+        commit(log, n, "ab")
+        log.tidy(lambda: round(time.time() * 1000), 1_000)
+    orphan = tmp_path / "w" / "date=2023-11-14" / "part-of-a-commit-that-crashed.parquet"
+    written = Path(DeltaTable(tmp_path / "w").file_uris()[0]).read_bytes()
+    orphan.write_bytes(written[: len(written) // 2] if half else written)
+    now_ms = round(time.time() * 1000)
+    assert erase_user(tmp_path, "w", {"a"}, now_ms=now_ms, dry_run=False).unsettled > 1 and orphan.exists()
+    assert erase_user(tmp_path, "w", {"nobody"}, now_ms=now_ms + 2 * COMMIT_MS, dry_run=False).unsettled == 0
+    assert erase_user(tmp_path, "w", {"a"}, now_ms=now_ms + 2 * COMMIT_MS, dry_run=False).unsettled == 0
+    assert not orphan.exists() and on_disk(tmp_path, "a") == [] and users_of(tmp_path) == {"b"}
 
 
 def test_what_the_last_commit_says_is_found_behind_any_number_of_erased_users(tmp_path: Path) -> None:
