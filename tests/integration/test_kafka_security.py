@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,25 @@ from streaming.client import connect
 from streaming.deadletter import DeadLetters
 from streaming.producer import EventProducer
 from streaming.records import Record
+from streaming.redrive import Redriver, read_letters
 from streaming.source import Source
 from streaming.wire import JSON, Feedback
 from tests.certificates import Certificate
+from tests.unit.test_sessions import decision, feedback
 
+ROOT = Path(__file__).parents[2]
 MARKER, WRONG = "hush-hush-right", "hush-hush-wrong"
 PROTOCOLS = {"LOGIN": "SASL_PLAINTEXT", "BOTH": "SASL_SSL", "MUTUAL": "SSL"}
 PLAIN, SCRAM = ("org.apache.kafka.common.security." + name for name in ("plain.PlainLoginModule", "scram.ScramLoginModule"))
+PARTS = {
+    "serving": "serving",
+    "the app": "application",
+    "`esrl ingest`": "ingest",
+    "`esrl status`": "status",
+    "`esrl dlq list`": "letters",
+    "`esrl dlq redrive`": "redrive",
+}
+"""As docs/security.md names them -> user."""
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -84,8 +98,9 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
         f"ssl.truststore.location={folder / 'ca.pem'}",
         "listener.name.mutual.ssl.client.auth=required",
     ]
+    parts = " ".join(f'user_{part}="{MARKER}"' for part in PARTS.values())
     for name in ("login", "both"):
-        lines.append(f'listener.name.{name}.plain.sasl.jaas.config={PLAIN} required user_app="{MARKER}" user_guest="{MARKER}";')
+        lines.append(f'listener.name.{name}.plain.sasl.jaas.config={PLAIN} required user_app="{MARKER}" user_guest="{MARKER}" {parts};')
         lines += [f"listener.name.{name}.{m.lower()}.sasl.jaas.config={SCRAM} required;" for m in MECHANISMS[1:]]
     lines += [
         "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -219,3 +234,60 @@ def test_every_client_logs_in_and_nothing_of_the_secret_is_logged_at_any_level(s
     written = everything.getvalue() + (secure.folder / "broker" / "broker.log").read_text()
     assert "Attempting bootstrap" in written and "Added sensor" in written  # levels DEBUG and INFO were on
     assert MARKER not in written and WRONG not in written
+
+
+def _documented_acls(prefix: str) -> list[ACL]:
+    """The table of docs/security.md, for topics whose names begin with a prefix."""
+    kinds = {"topic": ResourceType.TOPIC, "transactional id": ResourceType.TRANSACTIONAL_ID}
+    rows = re.findall(r"^\| (.+) \| (.*`.*) \| (\w+) \|$", (ROOT / "docs" / "security.md").read_text(), re.MULTILINE)
+    granted = [
+        (PARTS[part], ACLOperation[word.upper()], re.findall(r"(topic|transactional id) `([a-z.-]+)`", on))
+        for part, on, word in rows
+        if part in PARTS
+    ]
+    assert {user for user, _, _ in granted} == set(PARTS.values())
+    return [
+        ACL(
+            f"User:{user}",
+            "*",
+            operation,
+            ACLPermissionType.ALLOW,
+            ResourcePattern(kinds[kind], re.sub("(decisions|feedback)", prefix + r"\1", name)),
+        )
+        for user, operation, places in granted
+        for kind, name in places
+    ]
+
+
+def test_what_the_page_on_security_grants_is_enough_for_each_part(secure: Secure) -> None:
+    admin = connect(KafkaAdminClient, secure.inside)
+    admin.create_acls(_documented_acls("acl."))
+    admin.close()
+    names = {"decisions_topic": "acl.decisions", "feedback_topic": "acl.feedback", "late_topics": True}
+    as_part = {user: secure.login("LOGIN", "PLAIN", user=user).model_copy(update=names) for user in PARTS.values()}
+    ensure_topics(as_part["ingest"])
+    events = (
+        ("serving", decision("d", 0.0).event),
+        ("application", feedback("d", "click", 1.0, item="i0")),
+    )
+    for part, event in events:
+        producer = EventProducer(as_part[part], client_id=part, spool=None)
+        producer.send(event)
+        assert producer.flush(60)
+        producer.close()
+    assert sum(end_offsets(as_part["status"]).values()) == 2
+    source, records = Source(as_part["ingest"], range(4), {}, max_poll_records=10), list[Record]()
+    while len(records) < 2:
+        records += source.poll(100)
+    source.close()
+    letters = DeadLetters(as_part["ingest"])
+    for record in records:
+        letters.send(record, WireError("bad", Refusal.MALFORMED))
+        letters.late(record.topic, record)
+    letters.flush()
+    letters.close()
+    for topic in ("acl.decisions", "acl.feedback"):
+        assert len(list(read_letters(as_part["letters"], topic))) == 1
+        with closing(Redriver(as_part["redrive"], topic)) as redriver:
+            assert redriver.run(lambda _: True) == 1
+    assert sum(end_offsets(as_part["status"]).values()) > 2
