@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from esrl_ray.config import KafkaConfig
 from esrl_ray.errors import InputDataError, WireError
 from esrl_ray.secret import pseudonym
+from esrl_ray.vocabulary import Bucket
 from streaming.deadletter import RefusedShare
 from streaming.records import Record
 from streaming.wire import JSON, MAX_ID_BYTES, MSGPACK, Event, encode
@@ -40,6 +41,13 @@ class _Keyed(msgspec.Struct):
     """What the key of a record is made of."""
 
     session_id: str
+
+
+class _Identified(msgspec.Struct):
+    """What tells a late event from others."""
+
+    decision_id: str
+    event_id: str = ""
 
 
 class FileSource:
@@ -158,7 +166,8 @@ class Rejects:
     def __init__(self, path: Path, table: str, *, max_share: float) -> None:
         self._path, self._table, self._share = path, table, RefusedShare(max_share, window=SHARE_ROWS)
         self._waiting: list[dict[str, Any]] = []
-        self._last: dict[str, int] = {}  # topic -> last row of this import that stands in the file
+        self._last: dict[str, int] = {}  # topic -> last refused row of this import that stands in the file
+        self._late: dict[tuple[str, str], set[int | None]] = {}  # topic, event id -> rows of it that an earlier call wrote
         self.counts: Counter[tuple[str, str]] = Counter()  # (topic, code) of this import
         if path.exists():
             self._read()
@@ -179,9 +188,14 @@ class Rejects:
         self._share.refused(f"{record.topic} row {record.offset}", error)
 
     def late(self, topic: str, late: Record | Event) -> None:
-        """Take one event that was counted late."""
+        """Take one event that was counted late; its row is not known when a crash took its record."""
         value, content_type = (late.value or b"", late.content_type) if isinstance(late, Record) else (encode(late), MSGPACK)
-        self._take({"topic": topic, "code": "late", "reason": "late", "sample": _sample(value, content_type)})
+        row = late.offset if isinstance(late, Record) else None
+        event = _decode(content_type)(value, type=_Identified)
+        event_id = event.event_id or event.decision_id
+        if (rows := self._late.get((topic, event_id))) is None or (None not in rows and row is not None and row not in rows):
+            place = {"event_id": event_id} if row is None else {"event_id": event_id, "row": row}
+            self._take({"topic": topic, **place, "code": Bucket.LATE, "reason": "late", "sample": _sample(value, content_type)})
 
     def flush(self) -> None:
         """Make them durable."""
@@ -200,7 +214,7 @@ class Rejects:
 
     def _count(self, entry: Mapping[str, Any]) -> None:
         self.counts[entry["topic"], entry["code"]] += 1
-        if "row" in entry:
+        if entry["code"] != Bucket.LATE:
             self._last[entry["topic"]] = max(entry["row"], self._last.get(entry["topic"], -1))
 
     def _read(self) -> None:
@@ -212,6 +226,8 @@ class Rejects:
                     try:
                         if (entry := msgspec.json.decode(line, type=dict[str, Any]))["table"] == self._table:
                             self._count(entry)
+                            if entry["code"] == Bucket.LATE:
+                                self._late.setdefault((entry["topic"], entry["event_id"]), set()).add(entry.get("row"))
                     except (msgspec.DecodeError, KeyError):
                         raise self._other(line) from None
                     whole += len(line)
@@ -288,10 +304,13 @@ def _without_user(value: bytes, content_type: bytes, key: SecretStr) -> bytes:
     return whole
 
 
+def _decode(content_type: bytes) -> Any:
+    return msgspec.msgpack.decode if content_type == MSGPACK else msgspec.json.decode
+
+
 def _record(topic: str, row: int, value: bytes, content_type: bytes) -> Record:
-    decode = msgspec.msgpack.decode if content_type == MSGPACK else msgspec.json.decode
     try:
-        key = decode(value, type=_Keyed).session_id.encode()
+        key = _decode(content_type)(value, type=_Keyed).session_id.encode()
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         key = None  # the worker says what is wrong with it
     return Record(topic, 0, row, -1, key, value, content_type)

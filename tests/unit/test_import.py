@@ -6,6 +6,7 @@ import gc
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -25,10 +26,11 @@ from esrl_ray.secret import PSEUDONYM_DIGITS, pseudonym
 from streaming import files
 from streaming.files import Rejects
 from streaming.recompute import recompute_rewards
+from streaming.records import Record
 from streaming.sessions import SessionJoiner
 from streaming.steplog import StepLog, WorkerState, commit_history, read_steps
 from streaming.steptable import merge_steps, rows_to_table
-from streaming.wire import DecodedDecision, Feedback
+from streaming.wire import JSON, DecodedDecision, Feedback
 from tests.unit.test_sessions import CONFIG, SPEC, T0, decision, feedback
 
 Events = list[DecodedDecision | Feedback]
@@ -269,6 +271,50 @@ def test_other_files_and_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputDataError, match=r"broken\.parquet"):
         imported(tmp_path, tmp_path / "broken.parquet", second, worker="import-2")
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_late_rows_stand_in_the_rejects_once_whatever_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, Sequence[Row]], Path]
+) -> None:
+    decisions, events = visits()
+    late = [feedback("d0-0", "click", 1.5, item="i1", session="s0", event_id=f"late-{i}") for i in range(2)]
+    rows = [wire(e) for e in [*events[:60], *late, *events[60:], late[0]]]
+    paths = write(tmp_path / "decisions.jsonl", [wire(d) for d in decisions]), write(tmp_path / "feedback.jsonl", rows)
+    crashes, commit = list[int](), StepLog.commit
+
+    def dying(log: StepLog, state: WorkerState, table: pa.Table) -> None:
+        """Each commit fails once, after its rejects were written."""
+        if state.commit not in crashes:
+            crashes.append(state.commit)
+            raise KeyboardInterrupt
+        commit(log, state, table)
+
+    monkeypatch.setattr(StepLog, "commit", dying)
+    said: list[str] = []
+    while not said:
+        with suppress(KeyboardInterrupt):
+            said = imported(tmp_path, *paths)
+        gc.collect()  # the lock of what died
+    assert len(crashes) > 5 and "2 late" in said[1]
+    found = [msgspec.json.decode(line) for line in (tmp_path / "rejects.jsonl").read_bytes().splitlines()]
+    assert sorted((entry["event_id"], entry["row"], entry["code"]) for entry in found) == [("late-0", 60, "late"), ("late-1", 61, "late")]
+
+
+def test_a_late_event_whose_record_a_crash_took_stands_in_the_rejects_once(tmp_path: Path) -> None:
+    event = feedback("d", "click", 1, item="i")
+    record = Record("feedback", 0, 7, -1, b"s", msgspec.json.encode(event), JSON)
+    cases: list[tuple[str, list[Record | Feedback], int]] = [
+        ("a", [record, event], 1),
+        ("b", [event, event], 1),
+        ("c", [record, record._replace(offset=9)], 2),
+    ]
+    for name, calls, num in cases:
+        for late in calls:
+            rejects = Rejects(tmp_path / name, "t", max_share=0.2)
+            rejects.late("feedback", late)
+            rejects.flush()
+        assert rejects.counts == {("feedback", "late"): num}
 
 
 def test_a_line_of_the_rejects_that_a_crash_cut_off_is_written_again(tmp_path: Path) -> None:
