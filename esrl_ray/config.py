@@ -108,7 +108,7 @@ class KafkaConfig(Section):
     )
     ssl_check_hostname: bool = Field(True, description="The broker's certificate must be for the name that we connect to.")
     max_dead_letter_share: float = Field(
-        0.2, gt=0, le=1, description="The worker stops when more than this share of 1,000 records is refused."
+        0.2, gt=0, le=1, description="Share of 1,000 records (an import: 100 rows) above which it stops; 20 refused ones never stop it."
     )
     on_gap: Literal["stop", "skip"] = Field(
         "stop", description="When retention deleted records that were not read: stop with an error, or go on and count them as skipped."

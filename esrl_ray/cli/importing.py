@@ -10,6 +10,7 @@ from pathlib import Path
 from esrl_ray.cli.clock import clock_ms
 from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError, StreamError
+from esrl_ray.vocabulary import Bucket
 from streaming.files import FileSource, Rejects
 from streaming.partitions import LIVE
 from streaming.steplog import StepLog
@@ -46,7 +47,7 @@ def import_files(
         The ledger, {topic: {bucket: rows}}.
 
     Raises:
-        EsrlError: files that cannot be read, files other than those that this worker has begun with, too many refused rows.
+        EsrlError: files that cannot be read, files other than those that this worker has begun with, or too many or all rows refused.
     """
     if worker.startswith(LIVE):
         raise ConfigError(f"{worker!r} is the name of a live worker", "--worker", "take another, e.g. import-0")
@@ -93,4 +94,8 @@ def import_files(
     say(f"{'steps':14}{status['steps_closed']:>12,} in {root}/{worker}, commit {status['commit']}")
     if refused.counts:
         say(f"refused rows are in {rejects}")
+    for topic, buckets in ledger.items():
+        if 0 < sum(buckets.values()) == buckets[Bucket.DEAD_LETTER]:  # so few that kafka.max_dead_letter_share did not stop it
+            fix = "see the reasons there, mend the rows or the deployment, then import them into another table, e.g. --worker import-1"
+            raise StreamError(f"all {buckets[Bucket.DEAD_LETTER]} rows of {topic} were refused", str(rejects), fix)
     return ledger

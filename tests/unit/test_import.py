@@ -249,6 +249,16 @@ def test_a_table_of_another_schema_stops_the_import_with_the_reason(tmp_path: Pa
         imported(tmp_path, write_lines(tmp_path / "d.jsonl", [wire(d) for d in decisions]), write_parquet(tmp_path / "f", rows))
 
 
+def test_an_import_that_refused_every_row_of_a_topic_fails_however_few_they_are(tmp_path: Path) -> None:
+    decisions, _ = visits()
+    first = write_lines(tmp_path / "d.jsonl", [wire(d) for d in decisions])
+    second = write_lines(tmp_path / "f.jsonl", [b"junk"] * 3)
+    for _ in range(2):
+        with pytest.raises(StreamError, match=r"all 3 rows of feedback were refused.*rejects\.jsonl"):
+            imported(tmp_path, first, second)
+    assert imported(tmp_path, first, write_lines(tmp_path / "none.jsonl", []), worker="import-1")[1].endswith("0 rows: none")
+
+
 def test_other_files_and_names_are_refused(tmp_path: Path) -> None:
     decisions, events = visits()
     first = write_lines(tmp_path / "d.jsonl", [wire(d) for d in decisions])
