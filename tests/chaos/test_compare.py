@@ -55,6 +55,7 @@ def test_lost_added_doubled_and_changed_steps_are_named(config: Config) -> None:
         ({"letters": Counter[tuple[str, int, int]]()}, "0 different dead letters, 1 refused"),
         ({"letters": Counter({("feedback", 0, 3): 1, ("feedback", 0, 4): 1})}, "2 different dead letters"),
         ({"shards": {"replay-0": ["empty"]}}, "replay-0: empty"),
+        ({"not_reached": ["zombie:before_delta"]}, "zombie:before_delta found no moment"),
     ],
 )
 def test_whatever_is_not_as_without_faults_is_a_problem(config: Config, change: dict[str, object], problem: str | None) -> None:
@@ -68,6 +69,7 @@ def test_whatever_is_not_as_without_faults_is_a_problem(config: Config, change: 
         "refused": {("feedback", 0, 3)},
         "letters": Counter({("feedback", 0, 3): 2}),
         "shards": {"replay-0": []},
+        "not_reached": [],
     }
     problems = problems_of(**(facts | change))  # type: ignore[arg-type]
     assert not problems if problem is None else any(problem in text for text in problems)

@@ -31,6 +31,8 @@ PHASE_EVENTS = 15_000
 
 def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> list[Kind]:
     names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("no part is named", "--kill", f"name some of {', '.join(KINDS)}; for a run without faults give --faults 0")
     if unknown := sorted(set(names) - set(KINDS)):
         raise ConfigError(f"unknown part {unknown[0]!r}", "--kill", f"expected some of {', '.join(KINDS)}")
     if "learner" in names and (only := sorted({"deal", "zombie"} & set(names))):
@@ -62,7 +64,7 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
     sessions) through an embedded broker of its own, while ingest workers, replay shards and the broker are killed at random moments and
     at every named point of the commit sequence, workers are paused and replaced (zombies) or give way to another number of them (deal).
     Then compares steps, links, rewards, ledger, dead letters and replay shards with a run without faults on the same records. Exit code 2
-    when anything differs.
+    when anything differs or a fault found no moment; the folder is kept then.
     """
     if out is not None and out.exists():
         raise ConfigError("the folder exists", str(out), "name a new one with --out")
@@ -72,6 +74,7 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
     folder = (out or Path(tempfile.mkdtemp(prefix="esrl-chaos-"))).resolve()
     passed = COMMIT_POINTS if "learner" in kinds else tuple(Point)
     planned = plan(kinds, round(seconds / FAULT_S) if faults is None else faults, seed=seed, passed=passed)
+    kept = True
     try:
         with (
             own_folder(folder) as lock,
@@ -95,14 +98,20 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
             load = generate(config, seed=seed, num_events=events, num_phases=phases, start_ms=clock_ms())
             say(f"{load.count().total() // 2:,} records in {phases} phases, {len(planned)} faults, seed {seed}")
             report = run_chaos(load, planned, broker, fleet, seconds=seconds, seed=seed, say=say)
+        kept = bool(report.problems)
+    except KeyboardInterrupt:
+        kept = False
+        raise
     finally:
-        if out is None:
+        if out is None and not kept:
             shutil.rmtree(folder)
+        elif out is None:
+            say(f"logs of all parts, the step log and the broker's data are kept in {folder}")
     _tell(report)
     if as_json:
         click.echo(msgspec.json.encode(report).decode())
     if report.problems:
-        raise LoopError(f"{len(report.problems)} things are not as without faults: {'; '.join(report.problems)}")
+        raise LoopError(f"{len(report.problems)} things are not as they must be: {'; '.join(report.problems)}", str(folder))
 
 
 def say(text: str) -> None:
@@ -113,8 +122,6 @@ def say(text: str) -> None:
 def _tell(report: Report) -> None:
     """The report for people."""
     say(f"{report.num_kills} faults: " + ", ".join(f"{name} {n}" for name, n in sorted(report.kills.items())))
-    if report.not_reached:
-        say(f"not reached: {', '.join(report.not_reached)}")
     say("back after at most: " + ", ".join(f"{part} {seconds} s" for part, seconds in report.recovery_s.items()))
     steps, letters = report.steps, report.dead_letters
     say(

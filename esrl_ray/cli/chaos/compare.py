@@ -140,6 +140,7 @@ def problems_of(
     refused: set[tuple[str, int, int]],
     letters: Counter[tuple[str, int, int]],
     shards: Mapping[str, Sequence[str]],
+    not_reached: Sequence[str],
 ) -> list[str]:
     """Everything that must not be, one line each.
 
@@ -152,8 +153,9 @@ def problems_of(
         refused: (topic, partition, offset) that the run without faults refused.
         letters: (topic, partition, offset) -> copies in the dead-letter topics.
         shards: What is wrong with each.
+        not_reached: Faults that found no moment: nothing is shown about them.
     """
-    problems = []
+    problems = [f"{name} found no moment in the load: give it more --events or --seconds" for name in not_reached]
     for what, ids in (("lost", steps.lost), ("added", steps.added), ("doubled", steps.doubled)):
         if ids:
             problems.append(f"{len(ids)} steps {what}: {ids[:NAMED]}")

@@ -126,8 +126,7 @@ class Faults:
         deadline = time.monotonic() + POINT_S
         while not points.passed(self.fleet.folder, worker):
             if time.monotonic() > deadline:
-                points.disarm(self.fleet.folder, worker)
-                return False
+                return not points.disarm(self.fleet.folder, worker)
             time.sleep(0.02)
         return True
 

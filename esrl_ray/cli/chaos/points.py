@@ -73,9 +73,9 @@ def arm(folder: Path, worker: str, point: Point, *, how: Signal = "kill", delay_
     path.with_suffix(".writing").rename(path)
 
 
-def disarm(folder: Path, worker: str) -> None:
-    """Take back an order that was not carried out."""
-    _file(folder, worker).unlink(missing_ok=True)
+def disarm(folder: Path, worker: str) -> bool:
+    """Take back an order; False when the worker was first, and carries it out."""
+    return _take(_file(folder, worker))
 
 
 def passed(folder: Path, worker: str) -> bool:
@@ -118,13 +118,21 @@ def _at(path: Path, *points: Point) -> None:
         order = msgspec.json.decode(path.read_bytes(), type=_Order)
     except FileNotFoundError:
         return
-    if order.point not in points:
+    if order.point not in points or not _take(path):
         return
-    path.unlink()
     if order.delay_ms:
         signal.setitimer(signal.ITIMER_REAL, order.delay_ms / 1000)
     else:
         os.kill(os.getpid(), signal.SIGKILL if order.signal == "kill" else signal.SIGSTOP)
+
+
+def _take(path: Path) -> bool:
+    """Take an order away, of two that try at the same time one: what it says is done, or it is not, and both sides know which."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _wrap(owner: Any, name: str, *, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None) -> None:

@@ -199,6 +199,7 @@ def _report(
         refused=refused,
         letters=letters,
         shards=shards,
+        not_reached=doing.not_reached,
     )
     return Report(
         seed=seed,
