@@ -319,7 +319,7 @@ def check_partitions(config: KafkaConfig, topic: str, found: int) -> None:
         raise StreamError(
             f"topic {topic} has {found} partitions, kafka.num_partitions is {config.num_partitions}",
             str(config.bootstrap_servers),
-            "both topics need the same number, and it must not change while sessions are open: drain, then start anew with the new number",
+            "both topics need the same number; before it grows stop serving and let ingestion read to the end (docs/events.md)",
         )
 
 

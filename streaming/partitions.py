@@ -66,7 +66,7 @@ def check_held(state: WorkerState, worker: str, partitions: Sequence[int]) -> No
             f"the step log of {worker} holds partitions {sorted(state.held)}, this worker is given {sorted(partitions)}: "
             f"{sorted(left)} would be lost",
             "ingest.num_workers, kafka.num_partitions",
-            "start `esrl ingest` again, which deals all partitions",
+            "start `esrl ingest` again, which deals all partitions; kafka.num_partitions cannot become smaller",
         )
 
 
