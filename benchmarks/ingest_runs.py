@@ -21,7 +21,7 @@ from kafka import KafkaConsumer, TopicPartition
 import streaming.worker
 from benchmarks.ingest_dicts import DictJoin
 from benchmarks.ingest_events import deployment
-from esrl_ray.cli.parts import collect_less_often
+from esrl_ray.cli.parts import tune_process
 from esrl_ray.config import KafkaConfig
 from esrl_ray.replay.buffer import ReplayBuffer
 from streaming.client import connect
@@ -154,7 +154,7 @@ def ours(task: Task) -> dict[str, object]:
     kafka = KafkaConfig(**task.kafka)
     config = deployment(task.num_features, kafka)
     config = config.model_copy(update={"ingest": config.ingest.model_copy(update={"commit_interval_s": task.commit_interval_s})})
-    collect_less_often()
+    tune_process()
     partitions, meter, stages = range(kafka.num_partitions), Meter(task.num_events), Stages()
 
     class Metered(Source):
