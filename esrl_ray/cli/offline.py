@@ -78,9 +78,7 @@ def _with_rllib(
     config: Config, asked: Offline, log: ReadLog, folder: Path, seed: int, stop_on_signals: Callable[[], threading.Event]
 ) -> Learnt:
     """EnhancedRL and its kin, on local or remote learners, with checkpoints."""
-    import ray
-
-    from esrl_ray.actors import NAMESPACE
+    from esrl_ray import actors
     from esrl_ray.learning.algorithm import EnhancedRLConfig
     from esrl_ray.learning.offline import OfflineTraining
 
@@ -91,7 +89,7 @@ def _with_rllib(
         address = asked.address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else it leaves a token file that later breaks `ray job submit`
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+        actors.join(address)
     checked = wanted.copy()
     checked.validate()
     deployment: Config = checked.deployment
