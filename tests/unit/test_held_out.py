@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 import pytest
+from msgspec.structs import replace
 
 from esrl_ray.config import Config, load_config
 from esrl_ray.replay.buffer import ReplayBuffer
@@ -41,7 +42,7 @@ def stream(config: Config, seed: int) -> list[Commit]:
                 states = np.full_like(whole.states, num_steps)  # tells whose pair it is
                 first: dict[str, object] = {"next_id": after, "ended": ended} if linked else {}
                 at = rng.integers(0, len(waiting[worker]) + 1)
-                waiting[worker].insert(at, _with(whole, states=states, **first))
+                waiting[worker].insert(at, replace(whole, states=states, **first))
                 if not linked or rng.random() < 0.3:
                     amended = step(config, name, pairs=len(whole.shown), revision=1, reward=2.0, next_id=after, ended=ended)
                     waiting[worker].insert(rng.integers(at + 1, len(waiting[worker]) + 1), amended)
@@ -50,13 +51,9 @@ def stream(config: Config, seed: int) -> list[Commit]:
         worker = str(rng.choice([w for w in WORKERS if waiting[w]]))
         count, clock_ms = int(rng.integers(0, 12)), clock_ms + 1
         rows, waiting[worker] = waiting[worker][:count], waiting[worker][count:]
-        commits.append((worker, numbers[worker], [_with(row, closed_ms=clock_ms) for row in rows]))
+        commits.append((worker, numbers[worker], [replace(row, closed_ms=clock_ms) for row in rows]))
         numbers[worker] += 1
     return commits
-
-
-def _with(row: StepRow, **fields: object) -> StepRow:
-    return StepRow(**{**{name: getattr(row, name) for name in StepRow.__dataclass_fields__}, **fields})
 
 
 def oracle(commits: list[Commit]) -> dict[str, StepRow]:
@@ -70,7 +67,7 @@ def oracle(commits: list[Commit]) -> dict[str, StepRow]:
                 steps[row.step_id] = row
         for row in rows:
             if row.revision > 0 and row.step_id in steps:
-                steps[row.step_id] = _with(steps[row.step_id], rewards=row.rewards, next_id=row.next_id, ended=row.ended)
+                steps[row.step_id] = replace(steps[row.step_id], rewards=row.rewards, next_id=row.next_id, ended=row.ended)
     return steps
 
 
