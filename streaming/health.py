@@ -16,7 +16,6 @@ def label_delays(rows: pa.Table) -> dict[str, int]:
     Args:
         rows: Of the step log's schema.
     """
-    first = rows.filter(rows["item_ids"].is_valid())
-    delays_ms = pc.subtract(first["closed_ms"], first["event_time_ms"]).to_numpy()
+    delays_ms = pc.subtract(rows["closed_ms"], rows["event_time_ms"]).filter(rows["item_ids"].is_valid()).to_numpy()
     counts = np.bincount(np.searchsorted(np.asarray(DELAYS_S) * 1000, delays_ms), minlength=len(DELAY_CLASSES))
     return dict(zip(DELAY_CLASSES, counts.tolist(), strict=True))
