@@ -39,6 +39,7 @@ from streaming.worker import IngestWorker
 STEP_S, LIST_EVERY_S, LISTS = 2, 100, 10
 WARM_STEPS, MEASURED_STEPS, OLD_COMMITS = 100, 60, 2
 LABEL_AGE_S, LATENESS_S, GAP_S = 30, 5, 300
+TARGET_S = 30.0
 COLUMNS = (
     "open sessions", "floats a pair", "way", "bytes a commit, mean", "largest", "s a commit without rows, mean", "largest",
     "lists read again", "restart: until it polls [s]", "until the first new commit [s]",
@@ -278,7 +279,11 @@ def main() -> None:
         "local disk; rows are left out. A restart is a real worker on a real broker: it reads its state, the lists without a row, and what "
         "came in 2 s, and commits with its rows; the worker's 2 s to its first commit are in it."
     ]
-    table = Table("State", "restart to the first new commit within 30 s at 100,000 open sessions", COLUMNS, rows, notes)
+    restarts = [f"{row[-1]} s with {row[1]} floats a pair" for row in rows if row[2] == "now" and int(row[0].replace(",", "")) >= 100_000]
+    if restarts:
+        met = all(float(restart.split()[0]) <= TARGET_S for restart in restarts)
+        notes.append(f"Target {'met' if met else 'not met'}: {', '.join(restarts)}.")
+    table = Table("State", f"restart to the first new commit within {TARGET_S:.0f} s at 100,000 open sessions", COLUMNS, rows, notes)
     head = f"Commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {arguments.machine}. Made by `make bench-state`."
     arguments.out.write_text("\n\n".join(["# Small state", head, " ".join(__doc__.split("\n\n", 1)[1].split()), table.markdown()]) + "\n")
 
