@@ -68,11 +68,6 @@ class Spec(msgspec.Struct, frozen=True, dict=True):
         """Columns of the C categorical codes that all pairs of a request share."""
         return tuple(i for i, f in enumerate(self.categorical_features) if f.side != "item")
 
-    @property
-    def action_names(self) -> tuple[str, ...]:
-        """Names of the A action dimensions."""
-        return tuple(f"power_{s}" for s in self.scores) + tuple(f"bias_{s}" for s in self.scores)
-
     @cached_property
     def digest(self) -> str:
         """First 16 hex digits of the sha256 of the canonical JSON of this spec."""

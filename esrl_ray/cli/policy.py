@@ -111,13 +111,12 @@ def publish(config: Config, *, address: str | None, folder: Path) -> None:
     A policy that scores pairs by itself has no actions to explore around: it serves, and the anchor stays.
     """
     policy, learner = Policy.load(folder), config.learner
-    kind, m = policy.manifest.kind, policy.manifest
-    shape = (m.hidden_sizes, m.embedding_size, m.actor)
-    if kind not in (PolicyKind.STATIC, PolicyKind.SCORE) and (kind.value, *shape) != (
-        wanted := (learner.level, learner.hidden_sizes, learner.embedding_size, learner.actor)
-    ):
+    made, kind = policy.manifest, policy.manifest.kind
+    actor = kind.value, made.hidden_sizes, made.embedding_size, made.actor
+    wanted = learner.level, learner.hidden_sizes, learner.embedding_size, learner.actor
+    if kind not in (PolicyKind.STATIC, PolicyKind.SCORE) and actor != wanted:
         fix = "name the configuration that it was trained with"
-        raise PolicyRejected(f"its actor is {(kind.value, *shape)}, a learner of this deployment has {wanted}", str(folder), fix)
+        raise PolicyRejected(f"its actor is {actor}, a learner of this deployment has {wanted}", str(folder), fix)
     if not config.run.path.is_dir():
         raise PolicyRejected("there is no such run", str(config.run.path), "name it with --config or --set run.dir=...")
     if (current := read_current(_folder(config))) is not None and current.pinned:

@@ -269,6 +269,7 @@ def _plain(value: object) -> object:
     """Numpy's scalars as plain numbers."""
     if isinstance(value, np.generic):
         return value.item()
+    # What msgspec wants of a hook that does not know a type.
     raise NotImplementedError(f"a report cannot hold a {type(value).__name__}")
 
 

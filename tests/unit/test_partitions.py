@@ -202,6 +202,37 @@ def test_a_table_that_went_back_to_before_a_move_does_not_claim_the_partition(ma
     made.check()
 
 
+def test_a_worker_with_a_table_of_its_own_at_last_knows_which_topics_it_took_over(made: Deployment) -> None:
+    made.world.topic_ids = {"decisions": "one", "feedback": "two"}
+    made.start(1)
+    made.run(12)
+    made.start(2)
+    made.world.topic_ids = {"decisions": "one", "feedback": "three"}
+    made.workers["ingest-1"] = made.worker("ingest-1", owners(2))
+    with pytest.raises(StreamError, match="topic feedback was made anew: its id was two, now it is three"):
+        made.run(12)
+
+
+def test_workers_begin_when_partitions_are_dealt_and_shards_have_read_what_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def spawn(name: str, *_: object, **__: object) -> SimpleNamespace:
+        done.append(name)
+        return SimpleNamespace(pid=SimpleNamespace(remote=name))
+
+    def deal(*_: object, **__: object) -> dict[int, str]:
+        done.append("deal")
+        return {2: "ingest-0"}
+
+    monkeypatch.setattr(parts, "deal_partitions", deal)
+    monkeypatch.setattr(actors, "spawn", spawn)
+    monkeypatch.setattr(actors, "insist", lambda call, **_: done.append(f"asked {call}"))
+    shards = [SimpleNamespace(catch_up=SimpleNamespace(remote=f"shard {i}")) for i in range(2)]
+    config = CONFIG.model_copy(update={"ingest": CONFIG.ingest.model_copy(update={"num_workers": 2})})
+    assert list(parts.spawn_ingest(config, shards)) == ["ingest-0", "ingest-1"]
+    assert done == ["deal", "asked shard 0", "asked shard 1", "ingest-0", "ingest-1", "asked ingest-0", "asked ingest-1"]
+
+
 def states(root: Path, worker: str) -> dict[int, WorkerState]:
     log = StepLog(root, worker, "look", SPEC)
     return {n: log._states._read(n, None) for n in log._states.numbers()}
