@@ -24,6 +24,7 @@ from kafka import KafkaProducer
 from benchmarks.ingest_events import FEEDBACK_PER_DECISION, LISTED, PAIRS, deployment
 from benchmarks.rows import RESULTS, commit
 from benchmarks.timing import Table
+from esrl_ray.cli.parts import tune_process
 from esrl_ray.config import Config, KafkaConfig
 from esrl_ray.spec import Spec
 from streaming.broker import EmbeddedBroker, ensure_topics
@@ -266,6 +267,7 @@ def main() -> None:
     parser.add_argument("--machine", default="2 cores x86_64, shared")
     parser.add_argument("--out", type=Path, default=RESULTS / "state.md")
     arguments = parser.parse_args()
+    tune_process()  # as the process of an ingest worker does
     rows: list[tuple[str, ...]] = []
     for num_sessions in arguments.sessions:
         for num_features in arguments.floats:
@@ -277,7 +279,8 @@ def main() -> None:
         f"Label age {LABEL_AGE_S} s, lateness {LATENESS_S} s, gap {GAP_S} s, ids remembered for {deployment(16).join.dedup_s:.0f} s; "
         f"{PAIRS} pairs a list, 4 partitions. {MEASURED_STEPS} commits after {WARM_STEPS} that do not count, state files fsynced on the "
         "local disk; rows are left out. A restart is a real worker on a real broker: it reads its state, the lists without a row, and what "
-        "came in 2 s, and commits with its rows; the worker's 2 s to its first commit are in it."
+        "came in 2 s, and commits with its rows; the worker's 2 s to its first commit are in it. "
+        "By then the label age of nearly all these lists has passed, as after half a minute's outage, so that commit writes their rows too."
     ]
     restarts = [f"{row[-1]} s with {row[1]} floats a pair" for row in rows if row[2] == "now" and int(row[0].replace(",", "")) >= 100_000]
     if restarts:
