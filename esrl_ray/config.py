@@ -165,6 +165,9 @@ class IngestConfig(Section):
     num_workers: Positive = Field(1, description="Ingest worker actors; partition p belongs to worker p % num_workers.")
     commit_interval_s: Annotated[float, Field(gt=0)] = Field(2.0, description="Clock time between commits of a worker.")
     max_poll_records: Positive = Field(4000, description="Records per poll.")
+    max_commit_mb: Annotated[float, Field(gt=0)] = Field(
+        128.0, description="Rows of a commit, in memory; more wait for the next. After a pause very many lists are due at once."
+    )
 
 
 class LogConfig(Section):
@@ -395,6 +398,13 @@ class Config(Section):
     def max_pairs(self) -> int:
         """G = l + K, the largest number of pairs in a step that serving makes by default."""
         return self.serve.list_size + self.serve.num_unshown
+
+    @property
+    def max_commit_rows(self) -> int:
+        """Lists in a commit: as many as `ingest.max_commit_mb` holds of the arrays of G pairs."""
+        spec = self.spec.build()
+        floats = spec.num_features + spec.num_categorical + spec.num_scores + 2 * spec.num_actions + len(self.reward.behaviours) + 1
+        return max(1, int(self.ingest.max_commit_mb * 1e6 / (4 * floats * self.max_pairs)))
 
     @property
     def log_root(self) -> str:

@@ -7,6 +7,7 @@ long as its session is open and its label age was reached at most `join.amend_s`
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -74,12 +75,19 @@ class OpenSessions:
         """Steps whose label age is not reached."""
         return [step for step, _ in self._steps.values() if not step.closed]
 
-    def fire_until(self, time_ms: int) -> None:
-        """Apply the timers that are due by then, in their order."""
+    def fire_until(self, time_ms: int, *, floor_ms: int = 0, limit: float = math.inf) -> int:
+        """Apply the timers that are due by then, in their order, or until `limit` rows are due, but not to before the floor.
+
+        Returns:
+            Until when they are applied. It does not depend on timers of sessions that went on or ended: a restart sets none of those.
+        """
         while self.timers and self.timers[0][0] <= time_ms:
+            if len(self.changed) >= limit and self.timers[0][0] > max(floor_ms, self.now_ms):
+                break
             due, *_, what = heapq.heappop(self.timers)
             self.now_ms = max(self.now_ms, due)
             self._fire(what)
+        return time_ms if len(self.changed) < limit else min(time_ms, max(floor_ms, self.now_ms))
 
     def _fire(self, what: OpenStep | Session | Feedback) -> None:
         if isinstance(what, OpenStep):

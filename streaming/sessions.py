@@ -16,6 +16,7 @@ The state holds no bulk. A joiner that goes on from one lacks that of the steps 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain
@@ -54,6 +55,9 @@ class SessionJoiner:
         config: Sections `join`, `reward`, `spec`.
         state: What `snapshot` returned, from a whole one on; None starts with the first event ever.
 
+    Attributes:
+        is_behind: The last `advance` stopped at its limit.
+
     Raises:
         LogError: the state is damaged or belongs to another partition.
     """
@@ -76,6 +80,7 @@ class SessionJoiner:
         self._keep_late = config.kafka.late_topics
         self._overdue: dict[str, Decision] = {}  # pushed behind the watermark since it last moved: a late decision is one of them
         self._late: list[Event] = []
+        self.is_behind = False
         self._sessions = OpenSessions(config, self._settled, self._bulks, self._note_late)
         if state is not None:
             self._restore(read_chain(state, partition))
@@ -159,20 +164,26 @@ class SessionJoiner:
         if feedback:
             self._newest[FEEDBACK] = max(newest, self._newest.get(FEEDBACK, 0))
 
-    def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool) -> list[StepRow]:
+    def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool, limit: float = math.inf) -> list[StepRow]:
         """Move the watermark, apply what it has passed, and return the rows that this makes.
+
+        After a pause the label age of everything open may have passed: with a limit the watermark then moves in parts, `is_behind` until
+        it has come where it could be. To the join a slower watermark is like any other.
 
         Args:
             clock_ms: Now; the rows' `closed_ms`.
             decisions_at_end: Everything in the topic `decisions` of this partition has been pushed.
             feedback_at_end: The same for `feedback`.
+            limit: Rows after which the watermark goes no further; those that are due in the same millisecond come all the same.
         """
         assert not self._lacking, "a row without its bulk"
         marks = []
         for topic, at_end in ((DECISIONS, decisions_at_end), (FEEDBACK, feedback_at_end)):
             newest = max(self._newest.get(topic, 0), clock_ms if at_end else 0)
             marks.append(newest - self._lateness)
-        self._run(max(self.watermark_ms, min(marks)))
+        watermark = max(self.watermark_ms, min(marks))
+        self._run(watermark, limit)
+        self.is_behind = self.watermark_ms < watermark
         return self._rows(clock_ms)
 
     def close(self, *, clock_ms: int) -> list[StepRow]:
@@ -262,21 +273,30 @@ class SessionJoiner:
             order, event_id = _LAST_LEAVE if event.behaviour == LEAVE else _THEN_FEEDBACK, event.event_id
         self._pending.append((event.event_time_ms, order, event_id, event))
 
-    def _run(self, watermark: int) -> None:
-        """Events and timers in the order of their time. A timer is due at the watermark; an event there may still have company to come."""
+    def _run(self, watermark: int, limit: float = math.inf) -> None:
+        """Events and timers in the order of their time. A timer is due at the watermark; an event there may still have company to come.
+
+        With a limit it ends early, at a time of which all timers and no event have been applied.
+        """
         sessions, timers, pending = self._sessions, self._sessions.timers, self._pending
         apply: tuple[Callable[[Any], None], ...] = (sessions.apply_decision, sessions.apply_feedback, sessions.apply_leave)
         new, at = pending[self._num_taken :], 0
+        before, last = self.watermark_ms, -1  # it never goes down; time of the last event applied
         pending.sort()  # mostly in order already; no two are equal in all but the event
         for time_ms, order, _, event in pending:
-            if timers and timers[0][0] <= time_ms:
-                sessions.fire_until(min(time_ms, watermark))
+            if (timers and timers[0][0] <= time_ms) or len(sessions.changed) >= limit:
+                floor = max(before, last + 1)
+                reached = sessions.fire_until(min(time_ms, watermark), floor_ms=floor, limit=limit)
+                if len(sessions.changed) >= limit and reached >= floor:
+                    watermark = reached
+                    break
             if time_ms >= watermark:
                 break
             sessions.now_ms = max(sessions.now_ms, time_ms)
             apply[order](event)
+            last = time_ms
             at += 1
-        sessions.fire_until(watermark)
+        watermark = sessions.fire_until(watermark, floor_ms=max(before, last + 1), limit=limit)
         del pending[:at]
         sessions.now_ms = watermark
         sessions.forget()

@@ -83,6 +83,7 @@ class IngestWorker:
         self._max_lead_ms = max(MIN_LEAD_MS, round(config.join.lateness_s * 1000))
         self._max_ahead_ms = round(config.join.max_ahead_s * 1000)
         self._interval_ms = round(config.ingest.commit_interval_s * 1000)
+        self._max_rows = max(1, config.max_commit_rows // len(self._partitions))  # of each partition in a commit
         self._late = LateEvents(config.kafka)
         self._names: dict[Topic, str] = {DECISIONS: config.kafka.decisions_topic, FEEDBACK: config.kafka.feedback_topic}
         state = log.restore()
@@ -159,6 +160,7 @@ class IngestWorker:
             self._source.hold(self._ahead())
             if not 0 < self._due_ms - self._clock_ms() <= self._interval_ms:  # also when the clock was set back
                 self._make_commit(self._advance())
+                self._due_ms = 0 if any(joiner.is_behind for joiner in self._joiners.values()) else self._due_ms
             return len(records)
 
     def drain(self, until: Mapping[str, int], timeout_s: float) -> bool:
@@ -308,6 +310,7 @@ class IngestWorker:
                 clock_ms=now_ms,
                 decisions_at_end=self._source.at_end(names[DECISIONS], partition),
                 feedback_at_end=self._source.at_end(names[FEEDBACK], partition),
+                limit=self._max_rows,
             )
         return rows
 

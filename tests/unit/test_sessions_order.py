@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -84,10 +85,17 @@ class Poll(NamedTuple):
     num_decisions: int
     num_feedback: int
     then: Literal["", "advance", "store", "whole", "restart"]
+    limit: float = math.inf  # of the rows that it advances by
 
 
 POLLS = st.lists(
-    st.builds(Poll, st.integers(0, 6), st.integers(0, 12), st.sampled_from(["", "advance", "store", "store", "whole", "restart"])),
+    st.builds(
+        Poll,
+        st.integers(0, 6),
+        st.integers(0, 12),
+        st.sampled_from(["", "advance", "store", "store", "whole", "restart"]),
+        st.sampled_from([math.inf, 2, 1]),
+    ),
     max_size=30,
 )
 
@@ -114,7 +122,7 @@ def join(
             [(i, e) for i, e in taken[0] if isinstance(e, DecodedDecision)], [(i, e) for i, e in taken[1] if isinstance(e, Feedback)]
         )
         if poll.then:
-            rows += joiner.advance(clock_ms=T0, decisions_at_end=False, feedback_at_end=False)
+            rows += joiner.advance(clock_ms=T0, decisions_at_end=False, feedback_at_end=False, limit=poll.limit)
         if poll.then in ("store", "whole", "restart"):
             whole = poll.then == "whole" or not stored
             stored = [*([] if whole else stored), joiner.snapshot(whole=whole)]
@@ -125,7 +133,9 @@ def join(
             assert all(joiner.give_back(offset, sent_decisions[name]) for name, offset in dict(joiner.lacking).items())
     if close:
         clock_ms = T0 + round(END_S * 1000)
-        rows += joiner.advance(clock_ms=clock_ms, decisions_at_end=True, feedback_at_end=True)
+        joiner.is_behind = True
+        while joiner.is_behind:
+            rows += joiner.advance(clock_ms=clock_ms, decisions_at_end=True, feedback_at_end=True, limit=2)
         rows += joiner.close(clock_ms=clock_ms)
     if late is not None:
         late += joiner.take_late()
@@ -327,8 +337,9 @@ def test_what_changed_since_a_whole_state_makes_up_the_state_at_every_commit(nam
     class Both(SessionJoiner):
         """Stores what changed, and compares it with everything."""
 
-        def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool) -> list[StepRow]:
-            rows = super().advance(clock_ms=clock_ms, decisions_at_end=decisions_at_end, feedback_at_end=feedback_at_end)
+        def advance(self, *, clock_ms: int, decisions_at_end: bool, feedback_at_end: bool, limit: float = math.inf) -> list[StepRow]:
+            at_end = {"decisions_at_end": decisions_at_end, "feedback_at_end": feedback_at_end}
+            rows = super().advance(clock_ms=clock_ms, limit=limit, **at_end)
             chain.append(self.snapshot(whole=not chain))
             everything = SessionJoiner(0, CONFIGS[name], state=chain)
             assert remembered(chain) == remembered([everything.snapshot()]) == remembered([copy.deepcopy(self).snapshot()])

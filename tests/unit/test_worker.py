@@ -61,6 +61,30 @@ def test_commits_come_at_the_interval_and_none_when_nothing_changed() -> None:
     assert worker.status()["ledger"]["decisions"]["never_shown"] == 1
 
 
+def test_what_is_due_at_once_after_a_pause_comes_in_several_commits_one_after_the_other() -> None:
+    def after_a_pause(max_commit_mb: float) -> World:
+        world = World()
+        ingest = CONFIG.ingest.model_copy(update={"max_commit_mb": max_commit_mb})
+        config = CONFIG.model_copy(update={"ingest": ingest, "join": JoinConfig(gap_s=None)})
+        worker = world.worker(config=config)
+        for i in range(9):
+            world.write(decision(f"d{i}", 10 + i / 1000))
+            world.write(feedback(f"d{i}", "shown", 11))
+        for _ in range(10):
+            worker.run_once()
+        assert sum(map(len, world.commits)) == 0
+        world.now_ms += 100_000
+        before = len(world.commits)
+        for _ in range(8):  # four seconds, two intervals
+            worker.run_once()
+        assert [len(rows) for rows in world.commits[before:] if len(rows)] == ([9] if max_commit_mb == 1 else [3, 3, 3])
+        return world
+
+    mb_of_a_row = CONFIG.ingest.max_commit_mb / CONFIG.max_commit_rows
+    in_parts = after_a_pause(3.1 * PARTITIONS * mb_of_a_row)  # three of each partition
+    assert comparable(in_parts) == comparable(after_a_pause(1))
+
+
 def test_while_a_commit_hangs_the_status_has_the_lag_from_when_it_began() -> None:
     world, seen = World(), []
     visits(world)

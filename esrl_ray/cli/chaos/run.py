@@ -58,7 +58,7 @@ def chaos_config(folder: Path, bootstrap_servers: str, *, capacity: int) -> Conf
         ),
         kafka=KafkaConfig(bootstrap_servers=bootstrap_servers, num_partitions=6),
         join=JoinConfig(dedup_s=60.0, max_ahead_s=30 * 86_400.0),
-        ingest=IngestConfig(num_workers=2, commit_interval_s=0.3, max_poll_records=500),
+        ingest=IngestConfig(num_workers=2, commit_interval_s=0.3, max_poll_records=500, max_commit_mb=0.1),
         log=LogConfig(tidy_every=6, history_minutes=24 * 60),
         replay=ReplayConfig(num_shards=2, capacity=capacity, min_size=100),
         learner=LearnerConfig(batch_size=16, updates_per_call=2, hidden_sizes=(16,), checkpoint_interval_s=2.0),
