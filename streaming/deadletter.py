@@ -32,6 +32,7 @@ MIN_REFUSED = 20  # fewer in a window never stop the worker: a quiet topic's fir
 FLUSH_TIMEOUT_S, RETRY_S = 300.0, 1.0
 MAX_REASON_BYTES = 1_000
 CUT_BYTES = 2**16  # of a value that is too large: what any topic takes
+WAITING_BYTES = 32 * 2**20  # then they do not wait for the commit: a thousand of the largest would come out of a megabyte that was packed
 TRUNCATED = "truncated"
 _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
@@ -84,6 +85,7 @@ class DeadLetters:
         self._config, self._flush_timeout_s, self._clock_s = config, flush_timeout_s, clock_s
         self._producer: KafkaProducer | None = None
         self._waiting: list[dict[str, Any]] = []
+        self._waiting_bytes = 0
         self._share = RefusedShare(config.max_dead_letter_share)
         self.sent = 0  # acknowledged
 
@@ -95,6 +97,7 @@ class DeadLetters:
         """Take one refused record; it is in Kafka after `flush`.
 
         Raises:
+            BrokerError: many wait, and Kafka does not take them.
             StreamError: more than `kafka.max_dead_letter_share` of 1,000 records were refused: a schema mistake must not drain a topic.
         """
         where = f"{record.topic}/{record.partition}/{record.offset}"
@@ -146,6 +149,7 @@ class DeadLetters:
                     ) from error
                 _logger.warning("dead letters or late events wait waiting=%d reason=%s", len(self._waiting), error)
                 time.sleep(RETRY_S)
+        self._waiting_bytes = 0
 
     def close(self) -> None:
         """Let go of the broker; what was not flushed is read and refused again by the next worker."""
@@ -155,8 +159,10 @@ class DeadLetters:
 
     def _take(self, topic: str, key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
         letter = {"topic": topic, "key": key, "value": value, "headers": headers}
-        num_bytes = len(value or b"") + sum(len(told) for _, told in headers)
-        self._waiting.append(letter if num_bytes <= MAX_LETTER_BYTES - CUT_BYTES else _cut(letter))
+        self._waiting.append(letter if _bytes_of(letter) <= MAX_LETTER_BYTES - CUT_BYTES else _cut(letter))
+        self._waiting_bytes += _bytes_of(self._waiting[-1])
+        if self._waiting_bytes > WAITING_BYTES:
+            self.flush()
 
     def _send_waiting(self) -> None:
         if self._producer is None:
@@ -191,6 +197,10 @@ class DeadLetters:
         self._waiting = left
         if problem is not None:
             raise problem
+
+
+def _bytes_of(letter: dict[str, Any]) -> int:
+    return len(letter["value"] or b"") + sum(len(told) for _, told in letter["headers"])
 
 
 def _cut(letter: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError, OffsetOutOfRangeError, RetriableError
+from kafka.errors import CorruptRecordError, KafkaError, OffsetOutOfRangeError, RetriableError
 from kafka.partitioner.default import murmur2
 
 from esrl_ray.config import KafkaConfig
@@ -36,6 +36,7 @@ _logger = logging.getLogger(__name__)
 ENDS_INTERVAL_S, ENDS_VALID_S, ENDS_TIMEOUT_MS = 0.5, 2.0, 1_000
 METADATA_MAX_AGE_MS = 30_000
 MAX_BACKOFF_S = 2.0
+_PASS_BY = ". To go on without this batch, delete the partition's records up to its end (kafka-delete-records) and set kafka.on_gap to skip"
 
 
 class _NotThereError(Exception):
@@ -150,9 +151,8 @@ class Source:
             self._go_down(error, timeout_ms)
             return []
         except KafkaError as error:
-            raise StreamError(
-                f"the topics cannot be read: {error}", str(self._config.bootstrap_servers), "see the reason; nothing was skipped"
-            ) from error
+            fix = "see the reason; nothing was skipped" + ("" if not isinstance(error, CorruptRecordError) else _PASS_BY)
+            raise StreamError(f"the topics cannot be read: {error}", str(self._config.bootstrap_servers), fix) from error
         self._positions |= {tp: batch[-1].offset + 1 for tp, batch in batches.items()}
         return [record for batch in batches.values() for record in batch]
 

@@ -238,6 +238,8 @@ class IngestWorker:
         latest_ms, decisions_topic, keep = now_ms + self._max_ahead_ms, self._names[DECISIONS], self._late.wanted
         for record in records:
             try:
+                if record.too_large:
+                    raise WireError(record.too_large, Refusal.TOO_LARGE)
                 if record.topic == decisions_topic:
                     decoded = decode_decision(record.value, self._spec, record.content_type)
                     self._check(record, decoded.event, latest_ms)

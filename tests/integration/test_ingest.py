@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,11 @@ from kafka import KafkaProducer
 
 from esrl_ray.config import Config, IngestConfig, JoinConfig, KafkaConfig, SpecConfig
 from streaming.broker import end_offsets
+from streaming.client import connect
 from streaming.deadletter import DeadLetters
 from streaming.producer import EventProducer
+from streaming.records import MAX_BATCH_BYTES
+from streaming.redrive import read_letters
 from streaming.source import Source
 from streaming.steplog import StepLog, WorkerState, read_commits, read_steps
 from streaming.worker import IngestWorker
@@ -148,6 +152,31 @@ def test_workers_that_follow_each_other_log_each_step_once_and_the_ledger_closes
     assert len(run.published) == len(by_number) - unpublished
     assert [n for _, n, _, _ in run.published] == sorted({n for _, n, _, _ in run.published})
     assert all(table.equals(by_number[n]) for _, n, table, _ in run.published)
+
+
+def test_a_batch_that_unpacks_to_more_than_we_take_is_a_dead_letter_for_each_record_and_holds_nobody_up(
+    kafka_config: KafkaConfig, tmp_path: Path
+) -> None:
+    run = Run(kafka_config, tmp_path)
+    produce(kafka_config, sessions=4, lists=2)
+    half = bytes(MAX_BATCH_BYTES // 2)
+    with closing(
+        connect(KafkaProducer, kafka_config, compression_type="zstd", batch_size=2**28, linger_ms=60_000, max_request_size=2**28)
+    ) as hostile:
+        sent = [hostile.send(kafka_config.feedback_topic, half, key=b"s0", partition=2) for _ in range(2)]
+        hostile.flush()
+        offsets = [future.get(timeout=30).offset for future in sent]
+    produced = produce(kafka_config, sessions=4, lists=2)  # the same events again, behind it
+    worker, source, dead_letters = run.worker()
+    assert worker.drain({f"{topic}/{p}": end for (topic, p), end in end_offsets(kafka_config).items()}, 60.0)
+    status = worker.status()
+    source.close()
+    dead_letters.close()
+    assert status["refusals"]["feedback"] == {"too-large": 2, "malformed": 2}
+    assert sum(status["ledger"]["feedback"].values()) == produced[kafka_config.feedback_topic]
+    letters = [letter for letter in read_letters(kafka_config, kafka_config.feedback_topic) if letter.code == "too-large"]
+    assert [(letter.partition, letter.offset, letter.value) for letter in letters] == [(2, offset, None) for offset in offsets]
+    assert f"the batch {kafka_config.feedback_topic}[2]@{offsets[0]}-{offsets[1]} has" in letters[0].error and not letters[0].can_be_sent
 
 
 def links(steps: pa.Table) -> list[tuple[str, str | None]]:

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from kafka.errors import TopicAuthorizationFailedError
+from kafka.errors import CorruptRecordError, TopicAuthorizationFailedError
 from pydantic import SecretStr
 
 from esrl_ray.config import KafkaConfig
@@ -81,6 +81,15 @@ def test_a_fifth_of_a_thousand_refused_records_is_allowed_and_one_more_is_not() 
         letters.send(_record(200), BAD)
 
 
+def test_letters_do_not_wait_for_a_commit_when_they_take_much_memory() -> None:
+    letters = DeadLetters(NOWHERE, flush_timeout_s=0.0)
+    value = bytes(4 * 2**20)
+    for offset in range(7):
+        letters.send(_record(offset)._replace(value=value), BAD)
+    with pytest.raises(BrokerError, match="8 dead letters or late events were not acknowledged"):
+        letters.send(_record(7)._replace(value=value), BAD)
+
+
 def test_good_records_push_refused_ones_out_of_the_window() -> None:
     letters = DeadLetters(NOWHERE)
     for offset in range(1_000):
@@ -97,6 +106,13 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(f"streaming.{module}.reachable", lambda *_, **__: True)
     monkeypatch.setattr("streaming.deadletter.RETRY_S", 0.0)
     yield connect
+
+
+def test_a_batch_that_cannot_be_read_ends_the_reader_with_its_place_and_the_way_past_it() -> None:
+    source = Source(NOWHERE, [0], {}, max_poll_records=10)
+    source._consumer = Mock(position=Mock(side_effect=CorruptRecordError("feedback[0]@40-52: the batch fails its checksum")))
+    with pytest.raises(StreamError, match=r"feedback\[0\]@40-52: .*nothing was skipped\. To go on .*kafka-delete-records.*kafka\.on_gap"):
+        source.poll(0)
 
 
 def test_reading_asks_a_broker_that_refuses_it_for_a_minute_and_ends_with_the_reason(refused: Any) -> None:
