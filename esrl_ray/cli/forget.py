@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import click
 from deltalake.exceptions import CommitFailedError
@@ -14,6 +15,7 @@ from esrl_ray.errors import ConfigError, LogError
 from esrl_ray.policy.store import read_manifests
 from esrl_ray.secret import pseudonym
 from streaming.erase import Erased, erase_user
+from streaming.erase_rejects import erase_rejects
 from streaming.steplog import list_workers
 
 
@@ -22,14 +24,21 @@ from streaming.steplog import list_workers
 @click.option("--config", "path", default="configs/online.yaml", show_default=True, help="YAML of the deployment.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. run.dir=runs/other.")
 @click.option("--dry-run", is_flag=True, help="Only count, and name the policies.")
+@click.option(
+    "--rejects",
+    "elsewhere",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File of refused rows that is not in <run.dir>/rejects; may be given again.",
+)
 @click.option("--address", default="auto", show_default=True, help="Ray cluster whose replay shards are refilled; `none`: the log alone.")
-def forget(*, user_id: str, path: str, overrides: tuple[str, ...], dry_run: bool, address: str) -> None:
-    """Erase a user from the step log and the replay, and name the policies that were trained on the user's data.
+def forget(*, user_id: str, path: str, overrides: tuple[str, ...], dry_run: bool, elsewhere: tuple[Path, ...], address: str) -> None:
+    """Erase a user from the step log, the replay and files of rejects, and name the policies that were trained on the user's data.
 
     Workers may run meanwhile. What is in no row yet, an open session, is not reached: the command says so and ends with an error; run it
-    again when the session is over. What it does not reach at all: the Kafka topics and dead letters (their retention), files of rejects
-    (samples of rows that `esrl log import` refused), a replica's spool, copies of the log, checkpoints and policies. Keep the printed
-    versions: once the rows are gone nothing can name them again.
+    again when the session is over. What it does not reach at all: the Kafka topics and dead letters (their retention), a replica's spool,
+    files that were imported, copies of the log, checkpoints and policies. Keep the printed versions: once the rows are gone nothing can
+    name them again.
     """
     config = load_config(path, overrides, environment=os.environ)
     root, names = config.log_root, {user_id, pseudonym(user_id, config.serve.user_key)}  # rows of before the key have the id itself
@@ -39,8 +48,6 @@ def forget(*, user_id: str, path: str, overrides: tuple[str, ...], dry_run: bool
     found = _erase(root, workers, names, dry_run=True)
     versions = trained_on(config, found)  # before anything is gone: a crash must not take the only list of them along
     click.echo(f"policies trained on them: {', '.join(map(str, versions)) or 'none'}")
-    for file in sorted((config.run.path / "rejects").glob("*.jsonl")):
-        click.echo(f"not searched: {file} (samples of rows that an import refused)")
     if not dry_run:
         found = _erase(root, workers, names, dry_run=False)
         if more := sorted(set(trained_on(config, found)) - set(versions)):
@@ -49,12 +56,16 @@ def forget(*, user_id: str, path: str, overrides: tuple[str, ...], dry_run: bool
             _refill(config)
         else:
             click.echo("no Ray cluster runs here: there is no replay to refill")
+    unclear = _erase_rejects([*sorted((config.run.path / "rejects").glob("*.jsonl")), *elsewhere], names, dry_run=dry_run)
     if named := [erased.worker for erased in found if erased.open_sessions]:
         what = f"the state of {', '.join(named)} still names the user, whose session is open or has just ended"
         raise LogError(what, root, "run this again some hundred commits later")
     if young := [erased.worker for erased in found if erased.unsettled]:
         what = f"the folder of {', '.join(young)} has files that hold the user or cannot be read, and are in no commit, or not yet"
         raise LogError(what, root, "run this again in an hour, when no commit can be waiting for them")
+    if unclear:
+        what = f"the user's id is in {sum(unclear.values())} lines that are no refused rows: cut off by a crash, or something else's"
+        raise LogError(what, " ".join(map(str, unclear)), "let the import end, or remove the lines or files, then run this again")
 
 
 def _erase(root: str, workers: Sequence[str], names: Collection[str], *, dry_run: bool) -> list[Erased]:
@@ -69,6 +80,16 @@ def _erase(root: str, workers: Sequence[str], names: Collection[str], *, dry_run
         click.echo(f"{erased.worker}: {erased.rows:,} rows of {erased.num_steps:,} steps{where} {'found' if dry_run else 'erased'}")
         found.append(erased)
     return found
+
+
+def _erase_rejects(files: Sequence[Path], names: Collection[str], *, dry_run: bool) -> dict[Path, int]:
+    """Files with lines that have the id in them and are not known, and how many."""
+    unclear: dict[Path, int] = {}
+    for file in files:
+        num_rows, num_unclear = erase_rejects(file, names, dry_run=dry_run)
+        click.echo(f"{file}: {num_rows:,} refused rows that quote the user {'found' if dry_run else 'blanked'}")
+        unclear |= {file: num_unclear} if num_unclear else {}
+    return unclear
 
 
 def trained_on(config: Config, found: Sequence[Erased]) -> list[int]:

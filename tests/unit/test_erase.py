@@ -212,7 +212,9 @@ def test_nothing_is_erased_when_the_cluster_that_is_named_does_not_answer(deploy
     assert "there is no replay to refill" in forget(deployment, "--address", "none").output and users_of(Path(deployment.log_root)) == {"b"}
 
 
-def test_with_a_user_key_rows_with_the_id_itself_go_too_and_rejects_are_named(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_user_key_rows_with_the_id_itself_go_too_and_so_do_both_forms_in_rejects(
+    deployment: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of before the key was set, and of an import then."""
     key = "a key of a deployment that hashes its users"
     monkeypatch.setenv("ESRL_USER_KEY", key)
@@ -226,12 +228,25 @@ def test_with_a_user_key_rows_with_the_id_itself_go_too_and_rejects_are_named(de
         rows_to_table([msgspec.structs.replace(first(name, 0), user_id=user) for name, user in (("x", hashed), ("y", "a"), ("z", "b"))]),
     )
     rejects.parent.mkdir()
-    rejects.write_text("{}\n")
+    lines = [
+        {"table": "t", "topic": "decisions", "row": row, "code": "malformed", "reason": "?", "sample": user}
+        for row, user in enumerate((hashed, "a", "b"))
+    ]
+    rejects.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
     result = forget(deployment, "--address", "none")
     assert "import-0: 1 rows of 1 steps in commits 0 to 0 erased" in result.output
     assert "ingest-2: 2 rows of 2 steps in commits 0 to 0 erased" in result.output and users_of(root) == {"b"}
-    assert f"not searched: {rejects}" in result.output
+    assert f"{rejects}: 2 refused rows that quote the user blanked" in result.output
+    assert [msgspec.json.decode(line)["sample"] for line in rejects.read_bytes().splitlines()] == ["", "", "b"]
     assert "state of ingest-2 still names" in str(result.exception), "an open session of before the key"
+
+
+def test_lines_of_rejects_that_nobody_knows_are_told_with_their_file(deployment: Config, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "mine.jsonl"
+    elsewhere.write_text("of a, cut o")
+    result = forget(deployment, "--address", "none", "--rejects", str(elsewhere))
+    assert isinstance(result.exception, LogError) and "the user's id is in 1 lines that are no refused rows" in str(result.exception)
+    assert str(elsewhere) in str(result.exception) and users_of(Path(deployment.log_root)) == {"b"}
 
 
 def test_without_a_cluster_the_log_is_erased_all_the_same(deployment: Config, monkeypatch: pytest.MonkeyPatch) -> None:
