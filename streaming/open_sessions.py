@@ -314,8 +314,7 @@ class OpenSessions:
 
     def apply_feedback(self, event: Feedback) -> None:
         """Apply one feedback that is no `leave`."""
-        found = self._steps.get(event.decision_id)
-        if found is None:
+        if (found := self._steps.get(event.decision_id)) is None:
             if event.decision_id in self._gone:
                 self._settle(event, self._gone[event.decision_id][1])
             else:
@@ -392,8 +391,7 @@ class OpenSessions:
             self._note_late(event)
 
     def _settle_waiting(self, decision_id: str, bucket: Bucket, event_id: str | None = None) -> None:
-        waiting = self._waiting.get(decision_id)
-        if waiting is None:
+        if (waiting := self._waiting.get(decision_id)) is None:
             return
         self._new.waiting.add(decision_id)
         for waited in [event_id] if event_id is not None else list(waiting):

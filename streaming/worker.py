@@ -276,18 +276,14 @@ class IngestWorker:
         session_id, event_time_ms = event.session_id, event.event_time_ms
         if event_time_ms > latest_ms:
             ahead_ms = event_time_ms - latest_ms + self._max_ahead_ms
-            raise WireError(
-                f"event_time_ms {event_time_ms} is {ahead_ms} ms ahead of the clock, at most {self._max_ahead_ms} is believed",
-                Refusal.FAR_FUTURE,
-            )
+            text = f"event_time_ms {event_time_ms} is {ahead_ms} ms ahead of the clock, at most {self._max_ahead_ms} is believed"
+            raise WireError(text, Refusal.FAR_FUTURE)
         key, expected = place_of(session_id, self._num_partitions)
         if record.key != key:
             raise WireError(f"key {record.key!r} is not the session_id {session_id!r}", Refusal.KEY_MISMATCH)
         if record.partition != expected:
-            raise WireError(
-                f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}",
-                Refusal.WRONG_PARTITION,
-            )
+            text = f"partition {record.partition} is wrong for key {record.key!r}: murmur2, Kafka's default, gives {expected}"
+            raise WireError(text, Refusal.WRONG_PARTITION)
         if self._keys and not is_signed(event.decision_id, session_id, self._keys):
             text = f"decision_id {event.decision_id!r} is not signed for session {session_id!r} with a key of serve.decision_keys"
             raise WireError(text, Refusal.NOT_SIGNED)
