@@ -50,7 +50,7 @@ def unpack(codec: int, packed: bytes | memoryview, most_bytes: int) -> bytes | N
             if num_bytes > most_bytes:
                 return None
     except _FAILURES as error:
-        raise ValueError(f"{name} cannot unpack it: {error}") from error
+        raise ValueError(f"{name} cannot unpack it: {error!r}") from error
     return b"".join(chunks)
 
 
@@ -84,7 +84,7 @@ def _snappy(packed: bytes, most_bytes: int) -> bytes | None:
     try:
         return b"".join(map(kafka_codec.snappy.decompress, blocks))
     except Exception as error:  # of another class in each of its versions
-        raise ValueError(f"snappy cannot unpack it: {error}") from error
+        raise ValueError(f"snappy cannot unpack it: {error!r}") from error
 
 
 def _snappy_blocks(packed: bytes) -> Iterator[bytes]:

@@ -195,6 +195,8 @@ def test_a_batch_that_is_too_large_unpacked_gives_its_offsets_only_and_takes_lit
     assert offsets[:4] == [41, 42, 43, 44]
     assert f"batch too large where=feedback[3]@41-42 bytes={len(bomb)} producer_id=-1" in caplog.text
     assert [record.offset for record in read(content, start=42)[0]] == [42, 43]  # a worker that was replaced within the batch
+    monkeypatch.setattr(reading, "FETCH_BYTES", MEBI)
+    assert read(content, start=40)[1][-1] == 43, "one of them is enough work for a poll"
 
 
 def test_the_smallest_records_are_made_when_they_are_wanted() -> None:
