@@ -118,8 +118,9 @@ class IngestWorker:
         Returns:
             ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`; records that no commit
             has), looked_ms (clock of the lag; it grows old while a commit hangs), watermarks_ms (by partition), open_sessions (by
-            partition), steps_closed (since the first ever), refusals ({topic: {code: records}}) and label_delays ({class: steps}) by this
-            process, commit, committed_ms, commit_s (time of the last commit), tidy_s (of the last care of the table), error.
+            partition), is_behind (rows wait), steps_closed (since the first ever), refusals ({topic: {code: records}}) and label_delays
+            ({class: steps}) by this process, commit, committed_ms, commit_s (time of the last commit), tidy_s (of the last care of the
+            table), error.
         """
         return self._status
 
@@ -301,8 +302,7 @@ class IngestWorker:
         return held
 
     def _advance(self) -> list[StepRow]:
-        now_ms, names = self._clock_ms(), self._names
-        rows: list[StepRow] = []
+        now_ms, names, rows = self._clock_ms(), self._names, list[StepRow]()
         for partition, joiner in self._joiners.items():
             rows += joiner.advance(
                 clock_ms=now_ms,
@@ -389,6 +389,7 @@ class IngestWorker:
             "watermarks_ms": {p: joiner.watermark_ms for p, joiner in self._joiners.items()},
             "open_sessions": {p: joiner.num_open_sessions for p, joiner in self._joiners.items()},
             "label_delays": dict(self._label_delays),
+            "is_behind": any(joiner.is_behind for joiner in self._joiners.values()),
             "steps_closed": sum(joiner.num_closed for joiner in self._joiners.values()),
             "refusals": {topic: {code.value: n for code, n in refused.items()} for topic, refused in self._refusals.items()},
             "commit": self._commit,

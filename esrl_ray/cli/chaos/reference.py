@@ -145,7 +145,7 @@ def fault_free(
         Merged steps, ledger, and (topic, partition, offset) of what was refused.
     """
     partitions = range(config.kafka.num_partitions)
-    ingest = config.ingest.model_copy(update={"commit_interval_s": 0.05})
+    ingest = config.ingest.model_copy(update={"commit_interval_s": 0.05, "max_commit_mb": 1e6})
     memory, source = _Memory(), _Replayed(records, max_poll_records=POLL_RECORDS)
     worker = IngestWorker(
         config.model_copy(update={"ingest": ingest}),

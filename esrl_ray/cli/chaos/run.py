@@ -127,12 +127,13 @@ def _wait(what: str, true: Callable[[], bool], timeout_s: float) -> None:
 
 
 def _wait_committed(fleet: Fleet, ends: Ends) -> None:
-    """Wait until every worker has committed up to these offsets: its status is as of its last commit."""
+    """Wait until every worker has committed up to these offsets, and all rows that are due: its status is as of its last commit."""
 
     def committed() -> bool:
         positions: dict[str, int] = {}
         for name in fleet.workers:
-            positions |= (fleet.status(name) or {}).get("positions", {})
+            status = fleet.status(name) or {}
+            positions |= {} if status.get("is_behind") else status.get("positions", {})
         return all(positions.get(f"{topic}/{p}", 0) >= end for (topic, p), end in ends.items())
 
     _wait("the workers' commits reached the end", committed, BARRIER_S)
