@@ -216,12 +216,11 @@ class IngestMeter:
             self._telemetry.gauge("esrl_log_last_commit_seconds", (now_ms - status["committed_ms"]) / 1e3, worker=self._worker)
 
 
-def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:
-    """The ingest workers' actors by name, after partitions have moved to those that own them now and the shards know of all before.
+def deal(config: Config, shards: Sequence[ActorHandle]) -> None:
+    """Move partitions to the workers that own them now, and see that the shards know of all before.
 
     Raises:
         Fenced: workers of another number run still.
-        LoopError: a worker cannot begin.
     """
     owners = owners_of(config)
     moved = deal_partitions(config.log_root, config.spec.build(), owners, incarnation=uuid.uuid4().hex, committed_ms=clock_ms())
@@ -229,6 +228,16 @@ def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, Act
         _logger.info("partition moved partition=%d from=%s to=%s", p, before, owners[p])
     for shard in shards:
         actors.insist(shard.catch_up.remote)
+
+
+def spawn_ingest(config: Config, shards: Sequence[ActorHandle]) -> dict[str, ActorHandle]:
+    """The ingest workers' actors by name, each with the partitions that it owns now.
+
+    Raises:
+        Fenced: workers of another number run still.
+        LoopError: a worker cannot begin.
+    """
+    deal(config, shards)
     workers = {name: actors.spawn(name, IngestPart, config, name, shards, max_concurrency=4) for name in worker_names(config)}
     for worker in workers.values():  # what it refuses to begin with, such as a log of another reward, is said here and now
         actors.insist(worker.pid.remote, timeout_s=BEGIN_S)

@@ -73,7 +73,7 @@ def test_deaths_at_every_point_and_of_every_part_change_nothing(own_broker: Embe
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
 def test_ray_brings_back_what_dies_and_nothing_changes(own_broker: EmbeddedBroker, deployed: Fleet) -> None:
-    faults = [Fault("ingest", Point.BEFORE_DELTA), Fault("replay", RANDOM)]
+    faults = [Fault("ingest", Point.DURING_COMPACTION), Fault("deal", RANDOM), Fault("replay", RANDOM)]
     run(deployed, own_broker, faults, num_events=2_000, seconds=6.0)
 
 

@@ -20,7 +20,7 @@ from esrl_ray.errors import ConfigError, EsrlError, LoopError
     ("arguments", "message"),
     [
         (["--kill", "ingest,printer"], "unknown part 'printer'.*expected some of ingest, replay, broker, learner, zombie, deal"),
-        (["--kill", "learner,zombie"], "plain processes, with learner.*leave out zombie or learner"),
+        (["--kill", "learner,zombie"], "plain process, with learner.*leave out zombie or learner"),
         (["--kill", ","], "no part is named.*--faults 0"),
         (["--kill", ""], "no part is named"),
         (["--out", "."], "the folder exists.*name a new one"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from esrl_ray.cli.chaos import load as chaos_load
 from esrl_ray.cli.chaos.compare import compare_steps
 from esrl_ray.cli.chaos.load import POISON, Load, Planned, generate
 from esrl_ray.cli.chaos.reference import Ends, fault_free
@@ -63,6 +64,11 @@ def test_the_shares_are_as_told(load: Load) -> None:
 def test_a_load_depends_on_nothing_but_its_seed() -> None:
     one, same, other = (generate(CONFIG, seed=seed, num_events=1_000, num_phases=2, start_ms=10**12) for seed in (1, 1, 2))
     assert one == same != other
+
+
+def test_poison_is_made_of_valid_events_however_much_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos_load, "POISONED", 1.0)
+    assert generate(CONFIG, seed=1, num_events=1_000, num_phases=2, start_ms=10**12).count()["poison"] > 1_000
 
 
 def test_every_poison_is_refused_and_how_the_topics_are_read_changes_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

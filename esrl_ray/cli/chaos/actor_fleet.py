@@ -66,12 +66,28 @@ class ActorFleet:
             from serve.deployment import policy_store  # Serve and torch, for this part alone
 
             return learning.spawn_learner(config, policy_store(config), shards)
-        if name in self.workers:
+        if name not in self.shards:
             return actors.spawn(name, ChaosIngestPart, config, name, shards, self.folder, max_concurrency=4)
         index = self.shards.index(name)
         read_log = functools.partial(commits_of_shard, config.log_root, index, len(self.shards))
         workers = functools.partial(live_workers, config.log_root)
         return actors.spawn(name, ChaosReplayShard, config, config.learner.seed + index, read_log, clock_ms, workers)
+
+    def deal(self, num_workers: int) -> None:
+        """Kill all workers for good and start another number of them, as a start of `esrl ingest` does."""
+        actors.end({name: self._handles[name] for name in self.workers})
+        deadline = time.monotonic() + START_S
+        while not all(self.wait_dead(name, 1.0) for name in self.workers) or actors.present(self.workers):
+            if time.monotonic() > deadline:  # a new one would be given the handle of the old
+                raise LoopError(f"the workers do not end within {START_S:.0f} s")
+            time.sleep(0.1)
+        self.config = self.config.model_copy(update={"ingest": self.config.ingest.model_copy(update={"num_workers": num_workers})})
+        parts.deal(self.config, [self._handles[shard] for shard in self.shards])
+        workers = parts.worker_names(self.config)
+        for name in workers:
+            self._handles[name] = self._spawn(name)
+            self.start(name)
+        self.workers = workers  # as a whole: another thread looks at it
 
     def status(self, name: str) -> dict[str, Any] | None:
         """Of one part; None while it does not answer.

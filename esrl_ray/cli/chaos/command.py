@@ -15,7 +15,6 @@ from esrl_ray.cli.chaos.compare import Report
 from esrl_ray.cli.chaos.faults import KINDS, Kind, plan
 from esrl_ray.cli.chaos.fleet import Fleet
 from esrl_ray.cli.chaos.load import generate
-from esrl_ray.cli.chaos.points import COMMIT_POINTS, Point
 from esrl_ray.cli.chaos.processes import ProcessFleet
 from esrl_ray.cli.chaos.run import chaos_config, run_chaos
 from esrl_ray.cli.clock import clock_ms
@@ -35,10 +34,8 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> li
         raise ConfigError("no part is named", "--kill", f"name some of {', '.join(KINDS)}; for a run without faults give --faults 0")
     if unknown := sorted(set(names) - set(KINDS)):
         raise ConfigError(f"unknown part {unknown[0]!r}", "--kill", f"expected some of {', '.join(KINDS)}")
-    if "learner" in names and (only := sorted({"deal", "zombie"} & set(names))):
-        raise ConfigError(
-            f"{only[0]} is done to plain processes, with learner the parts are Ray's actors", "--kill", f"leave out {only[0]} or learner"
-        )
+    if {"learner", "zombie"} <= set(names):
+        raise ConfigError("a zombie is a plain process, with learner the parts are Ray's actors", "--kill", "leave out zombie or learner")
     return [kind for kind in KINDS if kind in names]
 
 
@@ -72,8 +69,7 @@ def chaos(*, seconds: float, events: int, kinds: list[Kind], faults: int | None,
     from esrl_ray.cli.local import local_run, own_folder
 
     folder = (out or Path(tempfile.mkdtemp(prefix="esrl-chaos-"))).resolve()
-    passed = COMMIT_POINTS if "learner" in kinds else tuple(Point)
-    planned = plan(kinds, round(seconds / FAULT_S) if faults is None else faults, seed=seed, passed=passed)
+    planned = plan(kinds, round(seconds / FAULT_S) if faults is None else faults, seed=seed)
     kept = True
     try:
         with (

@@ -38,18 +38,17 @@ class Fault(NamedTuple):
     when: str  # a point, `at_random`, or how long
 
 
-def plan(kinds: Sequence[Kind], num_faults: int, *, seed: int, passed: Sequence[Point] = tuple(Point)) -> list[Fault]:
+def plan(kinds: Sequence[Kind], num_faults: int, *, seed: int) -> list[Fault]:
     """Faults in an order drawn from the seed: every kind and every point, then all of them again in another order, as far as they go.
 
     Args:
         kinds: Of faults.
         num_faults: How many.
         seed: Of the order.
-        passed: Points that the workers pass.
     """
     rng = np.random.default_rng([seed, 1])
     once = {
-        "ingest": [Fault("ingest", point) for point in passed] + [Fault("ingest", RANDOM)] * 3,
+        "ingest": [Fault("ingest", point) for point in Point] + [Fault("ingest", RANDOM)] * 3,
         "replay": [Fault("replay", RANDOM)] * 4,
         "broker": [Fault("broker", RANDOM)] * 3 + [Fault("broker", DOWN)],
         "learner": [Fault("learner", RANDOM)] * 3,
@@ -192,7 +191,6 @@ class Faults:
 
     def _deal(self, fault: Fault) -> bool:
         """All workers die, and another number of them comes: partitions move."""
-        assert isinstance(self.fleet, ProcessFleet)
         began, now = time.monotonic(), len(self.fleet.workers)
         self.fleet.deal(int(self._rng.choice([n for n in range(1, MOST_WORKERS + 1) if n != now])))
         self.answers_s["deal"] = max(self.answers_s.get("deal", 0.0), time.monotonic() - began)

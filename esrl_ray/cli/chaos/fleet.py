@@ -24,6 +24,9 @@ class Fleet(Protocol):
     def start(self, name: str) -> None:
         """Start one, or wait until it has started itself; returns when it answers."""
 
+    def deal(self, num_workers: int) -> None:
+        """Kill all workers and start another number of them: partitions move."""
+
     def status(self, name: str) -> dict[str, Any] | None:
         """Of one part; None while it does not answer."""
 

@@ -100,7 +100,7 @@ def generate(config: Config, *, seed: int, num_events: int, num_phases: int, sta
         number = _next_session(number + 1, [idle], num_partitions)
         sessions.make(quiet, number, start_ms - PAST_MS + 1_000 * i)
     planned = [*made.planned, *_duplicates(made.planned, rng)]
-    planned += _poison(config, rng, planned, active)
+    planned += list(_poison(config, rng, planned, active))  # as a whole, or poison would be made of poison
     planned.sort(key=lambda p: p.arrival_ms)
     cuts = np.linspace(begin_ms, at_ms, num_phases + 1)[:-1]  # what comes after the last session began belongs to the last
     phases: list[list[Planned]] = [[] for _ in range(num_phases)]

@@ -40,9 +40,6 @@ class Point(StrEnum):
     DURING_CHECKPOINT = "during_checkpoint"
 
 
-COMMIT_POINTS = tuple(point for point in Point if "compaction" not in point and "checkpoint" not in point)
-"""Those of every commit."""
-
 Signal = Literal["kill", "stop"]
 
 
