@@ -162,7 +162,7 @@ def observed_oracle(
     fit = _Fit(config, seed=seed)
     ranker: Policy | Scorer = known
     for turn, num_steps in enumerate(steps):
-        recorder = _Recorder(known, ranker, np.random.default_rng((seed, turn)))
+        recorder = Recorder(known, ranker, np.random.default_rng((seed, turn)))
         play(recorder, config, seed=seed + _TRAINING + 1 + turn, sessions=sessions)
         fit.add(recorder)
         fit.run(num_steps)
@@ -203,7 +203,7 @@ def _best_kappa(ranker: Callable[[float], Policy | Scorer], config: Config, *, s
     return kappas[int(np.argmax(earned))]
 
 
-class _Recorder:
+class Recorder:
     """Ranks as another does and keeps some pairs of each page with their truth."""
 
     def __init__(self, known: TrueOracle, ranker: Policy | Scorer, rng: np.random.Generator) -> None:
@@ -233,7 +233,7 @@ class _Fit:
         self._normaliser = Normaliser.identity(self._spec)
         self._centre, self._scale = torch.zeros(2), torch.ones(2)
 
-    def add(self, recorder: _Recorder) -> None:
+    def add(self, recorder: Recorder) -> None:
         """Take pairs; the first ones fix what inputs and targets are standardised by."""
         inputs, targets = np.concatenate(recorder.inputs), torch.from_numpy(np.concatenate(recorder.targets))
         if not len(self._inputs):
