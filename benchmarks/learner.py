@@ -59,9 +59,6 @@ def made_up(config: Config, num_steps: int) -> TransitionBatch:
         terminated=0 * ones,
     )
     if h:
-        batch["future_states"] = normal(h, spec.num_features)
-        batch["future_categorical"] = np.zeros((num_steps, h, spec.num_categorical), np.int32)
-        batch["future_rewards"] = normal(h, config.reward.num_groups)
         batch["future_known"] = np.ones((num_steps, h), np.float32)
         batch["future_terminated"] = np.zeros((num_steps, h), np.float32)
     return batch

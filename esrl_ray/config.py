@@ -216,11 +216,16 @@ class LearnerConfig(Section):
     critic: Literal["list_sum", "per_pair", "split"] = Field(
         "split", description="Reward and long-term value apart, TD on the sum over the list (the paper), or per pair (ablation)."
     )
-    trace: float = Field(0.5, ge=0, le=1, description="Trace of lambda-returns; critic split [lambda].")
     long_term_weight: float = Field(
         1.0, ge=0, description="Weight of long-term value beside reward in the actor's advantages; critic split."
     )
-    horizon: Positive = Field(10, description="Next lists of the session in lambda-returns; critic split [H].")
+    effect_gamma: float = Field(
+        0.85,
+        ge=0,
+        lt=1,
+        description="Discount of the lists ahead that tell which pairs keep users, about as fast as that effect fades; critic split.",
+    )
+    horizon: Positive = Field(10, description="Next lists of the session that are looked at for who stays; critic split [H].")
     level: Literal["pair", "request"] = Field(
         "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."
     )

@@ -60,8 +60,12 @@ class Spec(msgspec.Struct, frozen=True, dict=True):
     @property
     def request_inputs(self) -> tuple[int, ...]:
         """Columns of the F + k numeric inputs that all pairs of a request share: those of user and context."""
-        after_items = len(self.user_features) + len(self.item_features)
-        return (*range(len(self.user_features)), *range(after_items, self.num_features))
+        return tuple(i for i in range(self.num_features) if i not in self.item_inputs)
+
+    @property
+    def item_inputs(self) -> tuple[int, ...]:
+        """Columns of the F + k numeric inputs that are the item's features."""
+        return tuple(range(len(self.user_features), len(self.user_features) + len(self.item_features)))
 
     @property
     def request_codes(self) -> tuple[int, ...]:

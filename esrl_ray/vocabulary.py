@@ -139,10 +139,7 @@ class TransitionBatch(TypedDict):
     next_shown: Floats  # (B, G)
     has_next: Floats  # (B,) 1 = bootstrap from the next list; 0 = terminated or truncated without one
     terminated: Floats  # (B,) 1 = the user left
-    future_states: NotRequired[Floats]  # (B, H, F) of the first pair of each of the next H lists: only user and context mean anything
-    future_categorical: NotRequired[Ints]  # (B, H, C)
-    future_rewards: NotRequired[Floats]  # (B, H, q) sums over the shown pairs
-    future_known: NotRequired[Floats]  # (B, H) 1 = that list is here
+    future_known: NotRequired[Floats]  # (B, H) of the next H lists of the session: 1 = that list is here
     future_terminated: NotRequired[Floats]  # (B, H) 1 = the user left after it
 
 

@@ -63,9 +63,6 @@ def make_transitions(
         length = rng.integers(1, horizon + 1, num_steps) * has_next.astype(int)
         known = (np.arange(horizon) < length[:, None]).astype(np.float32)
         last = np.arange(horizon) == length[:, None] - 1
-        batch["future_states"] = rng.normal(size=(num_steps, horizon, f)).astype(np.float32)
-        batch["future_categorical"] = codes()[:, :1].repeat(horizon, 1)
-        batch["future_rewards"] = rng.normal(size=(num_steps, horizon, q)).astype(np.float32) * known[..., None]
         batch["future_known"] = known
         batch["future_terminated"] = (last & (rng.random((num_steps, 1)) < 0.5)).astype(np.float32)
     return batch

@@ -15,6 +15,7 @@ from torch import nn
 
 from esrl_ray.algo.actor import ActorShape, Level, folded, make_actor, uniform_
 from esrl_ray.algo.ensemble import ensemble
+from esrl_ray.algo.split import LongTerm
 from esrl_ray.normaliser import MIN_SCORE, Normaliser
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Floats
@@ -84,33 +85,30 @@ class Critics(nn.Module):
 
 
 class SplitCritics(nn.Module):
-    """Action-free critics, split by what they explain: a pair's reward, what it does to the rest of the session, and the user's state.
-
-    All reward groups are summed, so that there are m critics of each kind. `pairs` are (reward rho, long-term f) of a pair; `users`,
-    which see user and context only, are (offset b, value V) of a request.
+    """Action-free critics, split by what they explain (`algo.split`): a pair's reward, and what it does to the rest of the session.
 
     Args:
         spec: Widths F, k and C.
-        num_critics: m.
-        hidden_sizes: Widths of the hidden layers of `pairs`; those of `users` are half as wide.
+        num_groups: q.
+        critics_per_group: m.
+        hidden_sizes: Widths of the hidden layers.
         embedding_size: Width of each categorical feature's embedding.
     """
 
-    def __init__(self, spec: Spec, num_critics: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
+    def __init__(self, spec: Spec, num_groups: int, critics_per_group: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
         super().__init__()
-        narrow = [max(1, size // 2) for size in hidden_sizes]
-        self.pairs = Critics(spec, 2, num_critics, hidden_sizes=hidden_sizes, embedding_size=embedding_size, actions=False)
-        self.users = Critics(spec, 2, num_critics, hidden_sizes=narrow, embedding_size=embedding_size, actions=False)
+        self.rewards = Critics(
+            spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size, actions=False
+        )  # rho
+        self.long_term = LongTerm(len(spec.item_inputs) + num_groups, len(spec.request_inputs))  # f
 
     def fold(self, old: Normaliser, new: Normaliser) -> None:
         """As `Critics.fold`."""
-        self.pairs.fold(old, new)
-        self.users.fold(old, new)
+        self.rewards.fold(old, new)
 
     def rescale(self, ratio: torch.Tensor) -> None:
-        """Multiply all values by the ratio of the norms of the value scales (q,), old over new."""
-        self.pairs.rescale(ratio.expand(2))
-        self.users.rescale(ratio.expand(2))
+        """As `Critics.rescale`."""
+        self.rewards.rescale(ratio)
 
 
 class Networks(nn.Module):
@@ -151,7 +149,7 @@ class Networks(nn.Module):
         self.actor = make_actor(spec, hidden_sizes, embedding_size, level=level, shape=actor)
         self.critics: Critics | SplitCritics
         if split:
-            self.critics = SplitCritics(spec, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
+            self.critics = SplitCritics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
         else:
             self.critics = Critics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
@@ -167,6 +165,12 @@ class Networks(nn.Module):
         raw = torch.cat([states, scores.clamp_min(MIN_SCORE).log()], dim=-1)
         normalised: torch.Tensor = (raw - self.mean) / self.std
         return normalised
+
+    def raw(self, numeric: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
+        """Some columns of normalised input (..., F + k) as they were."""
+        chosen = list(columns)
+        before: torch.Tensor = numeric[..., chosen] * self.std[chosen] + self.mean[chosen]
+        return before
 
     def visible(self, numeric: torch.Tensor, categorical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (..., F + k) and codes (..., C) as all networks see them: at the level of requests without those of the item."""
@@ -198,11 +202,8 @@ class Networks(nn.Module):
         if fold:
             for network in (self.actor, self.critics, self.target_actor, self.target_critics, self.anchor):
                 network.fold(old, normaliser)
-            before, after = self.value_scale, scale
-            if isinstance(self.critics, SplitCritics):
-                before, after = before.norm(), after.norm()
             for critics in (self.critics, self.target_critics):
-                critics.rescale(before / after)
+                critics.rescale(self.value_scale / scale)
         self.mean.copy_(torch.as_tensor(normaliser.mean))
         self.std.copy_(torch.as_tensor(normaliser.std))
         self.value_scale.copy_(scale)

@@ -17,7 +17,7 @@ from esrl_ray.algo import losses
 from esrl_ray.algo.device import compiled, moved, pick_device
 from esrl_ray.algo.losses import Bounds
 from esrl_ray.algo.networks import Critics, Networks, SplitCritics
-from esrl_ray.algo.split import SplitLosses, lambda_return, split_losses
+from esrl_ray.algo.split import lists_ahead, reward_losses
 from esrl_ray.config import Config, LearnerConfig
 from esrl_ray.fusion import fused_scores
 from esrl_ray.vocabulary import TransitionBatch
@@ -107,14 +107,11 @@ def make_optimisers(networks: Networks, learner: LearnerConfig) -> tuple[torch.o
 
 @dataclass(frozen=True, slots=True)
 class Future:
-    """The user's state at each list and at the H lists after it; rewards in units of the norm of the value scale."""
+    """What came after each list, for the split critic."""
 
-    numeric: torch.Tensor  # (B, 1 + H, F + k) normalised, 0 where they belong to an item; first of the list itself
-    categorical: torch.Tensor  # (B, 1 + H, C)
-    list_rewards: torch.Tensor  # (B, L) of the shown pairs of the list, groups summed with their weights
-    rewards: torch.Tensor  # (B, H) of the next lists
-    known: torch.Tensor  # (B, H)
-    terminated: torch.Tensor  # (B, H)
+    request: torch.Tensor  # (B, U) numeric inputs of user and context at the list itself, as they were logged
+    known: torch.Tensor  # (B, H) 1 = the session's next list is there, the one after it, ...
+    terminated: torch.Tensor  # (B, H) 1 = the user left after it
 
     def split(self, num_parts: int) -> list[Future]:
         """As `Batch.split`."""
@@ -170,9 +167,9 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
         c = request_level(c)
     numeric, categorical = networks.visible(networks.numeric(c["states"], c["scores"]), c["categorical"].long())
     relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
-    future = _future(state, c) if isinstance(networks.critics, SplitCritics) else None
+    future = _future(networks, c) if isinstance(networks.critics, SplitCritics) else None
     shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
-    if future is not None:  # the split critic bootstraps from the user's state: it needs no next list
+    if future is not None:  # the split critic needs no next list
         next_shown = next_shown[:, :0]
     next_states, next_scores, next_codes = (_pick(c[name], next_shown) for name in ("next_states", "next_scores", "next_categorical"))
     next_list, next_codes = networks.visible(networks.numeric(next_states, next_scores), next_codes.long())
@@ -197,25 +194,10 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
     )
 
 
-def _future(state: LearnState, c: Mapping[str, torch.Tensor]) -> Future:
-    networks, weights = state.networks, state.group_weights
+def _future(networks: Networks, c: Mapping[str, torch.Tensor]) -> Future:
     first = c["valid"].argmax(1)  # a real pair: the state of user and context is in all of them
-    rows = torch.arange(len(first), device=first.device)
-    states = torch.cat([c["states"][rows, first].unsqueeze(1), c["future_states"]], 1)  # (B, 1 + H, F)
-    codes = torch.cat([c["categorical"][rows, first].unsqueeze(1), c["future_categorical"]], 1)
-    numeric, categorical = networks.request_only(
-        networks.numeric(states, torch.ones_like(states[..., :1]).expand(*states.shape[:-1], c["scores"].shape[-1])), codes.long()
-    )
-    scale = networks.value_scale.norm()
-    rewards = (c["rewards"] * weights).sum(-1) / scale  # (B, G)
-    return Future(
-        numeric=numeric,
-        categorical=categorical,
-        list_rewards=rewards.gather(1, _shown_first(c["shown"])),
-        rewards=(c["future_rewards"] * weights).sum(-1) / scale,
-        known=c["future_known"],
-        terminated=c["future_terminated"],
-    )
+    states = c["states"][torch.arange(len(first), device=first.device), first]  # (B, F)
+    return Future(states[:, list(networks.spec.request_inputs)], c["future_known"], c["future_terminated"])
 
 
 def request_level(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -270,6 +252,8 @@ def update(state: LearnState, batch: Batch, *, average: Average | None = None) -
     if state.learner.compile:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # results of the last step's CUDA graphs may be written over
     critic_loss, critic_norm, phi_mean = _critic_step(state, batch, average)
+    if batch.future is not None:
+        _long_term_step(state, batch, average)
     actor_loss, actor_norm, outside = _actor_step(state, batch, average)
     state.gradient_steps += 1
     if state.gradient_steps % state.learner.soft_update_every == 0:
@@ -290,7 +274,8 @@ def _critic_step(state: LearnState, batch: Batch, average: Average | None) -> tu
 def _critic_losses(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     networks, learner, bounds = state.networks, state.learner, state.bounds
     if isinstance(networks.critics, SplitCritics):
-        return torch.stack(_split_losses(state, batch)), torch.ones_like(batch.bootstrap[0])  # (3, m)
+        values = _values(networks.critics.rewards, batch.list_numeric, batch.list_categorical)  # (q, m, B, L)
+        return reward_losses(values, batch.list_rewards, batch.list_shown), torch.ones_like(batch.bootstrap[0])
     assert isinstance(networks.target_critics, Critics)
     with torch.no_grad():
         next_actions = networks.target_actor(batch.next_numeric, batch.next_categorical)  # (B, M, A)
@@ -313,18 +298,29 @@ def _critic_losses(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch
     return each, (next_phi * batch.next_shown).sum() / batch.next_shown.sum().clamp_min(1.0)
 
 
-def _split_losses(state: LearnState, batch: Batch) -> SplitLosses:
-    """Losses of the split critic on a batch."""
-    networks, learner, future = state.networks, state.learner, batch.future
-    critics, targets = networks.critics, networks.target_critics
-    assert isinstance(critics, SplitCritics) and isinstance(targets, SplitCritics) and future is not None
-    with torch.no_grad():
-        values = _values(targets.users, future.numeric[:, 1:], future.categorical[:, 1:])[1].mean(0)  # (B, H) V, mean of the critics
-        returned = lambda_return(future.rewards, values, future.known, future.terminated, gamma=learner.gamma, trace=learner.trace)
-        after = learner.gamma * batch.bootstrap * ((1 - learner.trace) * values[:, 0] + learner.trace * returned)  # (B,)
-    pairs = _values(critics.pairs, batch.list_numeric, batch.list_categorical)  # (2, m, B, L)
-    users = _values(critics.users, future.numeric[:, :1], future.categorical[:, :1])[..., 0]  # (2, m, B)
-    return split_losses(pairs, users, future.list_rewards, batch.list_shown, after=after)
+@torch.no_grad()
+def _long_term_step(state: LearnState, batch: Batch, average: Average | None) -> None:
+    """Take a batch into the sums of the long-term effect; solve for it as often as targets move."""
+    networks, critics, future = state.networks, state.networks.critics, batch.future
+    assert isinstance(critics, SplitCritics) and future is not None
+    predicted = _values(critics.rewards, batch.list_numeric, batch.list_categorical)
+    effects = (_effects(networks, batch.list_numeric, predicted) * batch.list_shown.unsqueeze(-1)).sum(1)  # (B, D)
+    ended = 1 - batch.bootstrap
+    leaving, discounts = critics.long_term.leaving, (state.learner.effect_gamma, state.learner.gamma)
+    ahead = torch.stack([lists_ahead(future.known, future.terminated, ended, leaving, gamma=gamma) for gamma in discounts], -1)  # (B, 2)
+    rewards = batch.list_rewards @ (state.group_weights * networks.value_scale)  # (B, L)
+    sums = critics.long_term.sums(effects, future.request, ahead, ended, (rewards * batch.list_shown).sum(-1))
+    if average is not None:
+        average(list(sums))
+    critics.long_term.add(sums)
+    if state.gradient_steps % state.learner.soft_update_every == 0:
+        critics.long_term.solve()
+
+
+def _effects(networks: Networks, numeric: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """psi of pairs: the item's features and the rewards that rho (q, m, B, P) predicts, as they are in the log; (B, P, D)."""
+    rewards = predicted.mean(1).permute(1, 2, 0) * networks.value_scale
+    return torch.cat([networks.raw(numeric, networks.spec.item_inputs), rewards], -1)
 
 
 def _actor_step(state: LearnState, batch: Batch, average: Average | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -343,9 +339,10 @@ def _actor_loss(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
     def pair_values() -> torch.Tensor:  # (B, P)
         if isinstance(networks.critics, SplitCritics):
-            reward, long_term = _values(networks.critics.pairs, batch.numeric, batch.categorical)  # (m, B, P) each
-            value = (reward + learner.long_term_weight * long_term).unsqueeze(0)
-            return losses.pessimistic_values(value, [1.0], std_penalty=learner.std_penalty)
+            predicted = _values(networks.critics.rewards, batch.numeric, batch.categorical)  # (q, m, B, P)
+            reward = losses.pessimistic_values(predicted, weights, std_penalty=learner.std_penalty)
+            long_term: torch.Tensor = networks.critics.long_term(_effects(networks, batch.numeric, predicted))
+            return reward + learner.long_term_weight * long_term
         relative = losses.relative_actions(actions, batch.anchors, bounds)
         values = _values(networks.critics, batch.numeric, batch.categorical, relative)
         return losses.pessimistic_values(values, weights, std_penalty=learner.std_penalty)

@@ -8,6 +8,7 @@ Facts of RLlib 2.60 that this file depends on:
 - Stock learners wrap modules in DDP, which forbids steps that use only some parameters: here gradients are averaged by one all-reduce
   instead. All learners must get equally many transitions, or that waits for its time-out.
 - Optimisers are configured before `build` returns, and on the device: `_make_module` has moved the module already.
+- The module's float64 tensors are restored as float32: sums over many batches need their digits, so they travel beside the module.
 - A metric logged as `window=1` is averaged over the calls of an iteration by the Algorithm; `max` keeps a counter a counter.
 """
 
@@ -30,7 +31,7 @@ from esrl_ray.config import Config
 ALL_REDUCE_TIMEOUT_S = 60
 """A learner waits this long for the others, then fails, and the training loop rebuilds all of them."""
 
-GRADIENT_STEPS = "gradient_steps"
+GRADIENT_STEPS, DOUBLES = "gradient_steps", "float64_buffers"
 
 
 class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
@@ -106,12 +107,19 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
     def get_state(
         self, components: str | Collection[str] | None = None, *, not_components: str | Collection[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state (module, optimisers) and the counter of gradient steps."""
+        """RLlib's state (module, optimisers), the counter of gradient steps, and what RLlib would round."""
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
-        return {**state, GRADIENT_STEPS: self.learn_state.gradient_steps}
+        doubles = {name: buffer.cpu().numpy().copy() for name, buffer in self._doubles().items()}
+        return {**state, GRADIENT_STEPS: self.learn_state.gradient_steps, DOUBLES: doubles}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `get_state`; also sets an older state."""
         self._weights_seq_no = 0
         super().set_state(state)
         self.learn_state.gradient_steps = state.get(GRADIENT_STEPS, self.learn_state.gradient_steps)
+        for name, buffer in self._doubles().items():
+            if name in state.get(DOUBLES, {}):
+                buffer.copy_(torch.as_tensor(state[DOUBLES][name]))
+
+    def _doubles(self) -> dict[str, torch.Tensor]:
+        return {name: buffer for name, buffer in self._networks.named_buffers() if buffer.dtype == torch.float64}

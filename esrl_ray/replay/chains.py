@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,21 +29,12 @@ def followers(following: Indices, steps: Indices, horizon: int) -> Indices:
     return chain
 
 
-def future_columns(columns: Mapping[str, npt.NDArray[Any]], terminated: npt.NDArray[Any], chain: Indices) -> dict[str, npt.NDArray[Any]]:
+def future_columns(terminated: npt.NDArray[Any], chain: Indices) -> dict[str, npt.NDArray[np.float32]]:
     """The `future_*` columns of a `TransitionBatch`.
 
     Args:
-        columns: Of all steps: states, categorical, rewards, shown, (n, G, ...) each; the first pair of a step is a real one.
         terminated: (n,) whether the user left after a step.
         chain: (B, H) from `followers`.
     """
     known = (chain >= 0).astype(np.float32)
-    steps = np.maximum(chain, 0)
-    rewards = (columns["rewards"][steps] * columns["shown"][steps][..., None]).sum(2)  # (B, H, q)
-    return {
-        "future_states": columns["states"][steps, 0] * known[..., None],
-        "future_categorical": columns["categorical"][steps, 0] * known[..., None].astype(np.int32),
-        "future_rewards": rewards * known[..., None],
-        "future_known": known,
-        "future_terminated": terminated[steps].astype(np.float32) * known,
-    }
+    return {"future_known": known, "future_terminated": terminated[np.maximum(chain, 0)].astype(np.float32) * known}

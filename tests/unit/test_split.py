@@ -5,83 +5,109 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from esrl_ray.algo.networks import SplitCritics
-from esrl_ray.algo.split import lambda_return, split_losses
-from esrl_ray.algo.update import LearnState, prepare, update
+from esrl_ray.algo.split import MEMORY, LongTerm, Sums, lists_ahead, reward_losses
+from esrl_ray.algo.update import LearnState, _effects, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
+from esrl_ray.normaliser import Normaliser
 from esrl_ray.replay.chains import followers, future_columns
 from tests.transitions import make_transitions
 
 
-def _row(*values: float) -> torch.Tensor:
-    return torch.tensor([values])
+def test_lists_ahead_by_hand() -> None:
+    # gamma .5, a quarter leaves after each list: e = .375 / .625 = .6
+    def ahead(known: list[float], terminated: list[float], ended: float) -> float:
+        a, b, c = (torch.tensor([column], dtype=torch.float32) for column in (known, terminated, ended))
+        return lists_ahead(a, b, c, torch.tensor(0.25), gamma=0.5).item()
+
+    assert ahead([0, 0, 0], [0, 0, 0], 1) == 0  # the user left after this list
+    assert ahead([1, 1, 0], [0, 1, 0], 0) == pytest.approx(0.5 + 0.25)  # two more, then left
+    assert ahead([1, 1, 0], [0, 0, 0], 0) == pytest.approx(0.5 + 0.25 + 0.25 * 0.6)  # two more, what follows is not known
+    assert ahead([1, 1, 1], [0, 0, 0], 0) == pytest.approx(0.5 + 0.25 + 0.125 + 0.125 * 0.5 * 1.6)  # longer than we look
+    assert ahead([0, 0, 0], [0, 0, 0], 0) == pytest.approx(0.6)
 
 
-def test_the_lambda_return_of_three_lists_by_hand() -> None:
-    # gamma .5, lambda .5; the user leaves after the third list: G3 = r3 = 8
-    # G2 = 4 + .5 (.5 V3 + .5 G3) = 4 + .5 (.5 * 6 + .5 * 8) = 7.5;  G1 = 2 + .5 (.5 V2 + .5 G2) = 2 + .5 (.5 * 10 + .5 * 7.5) = 6.375
-    result = lambda_return(_row(2, 4, 8), _row(1, 10, 6), _row(1, 1, 1), _row(0, 0, 1), gamma=0.5, trace=0.5)
-    assert result.tolist() == [6.375]
+def test_lists_ahead_are_right_on_average_whatever_the_horizon() -> None:
+    leaving, gamma, rng = 0.2, 0.9, np.random.default_rng(0)
+    more = rng.geometric(leaving, 100_000) - 1  # lists after this one
+    expected = gamma * (1 - leaving) / (1 - gamma * (1 - leaving))
+    for horizon in (1, 4):
+        number = np.arange(1, horizon + 1)
+        known, last = (number <= more[:, None]).astype(np.float32), (number == more[:, None]).astype(np.float32)
+        ended = torch.from_numpy((more == 0).astype(np.float32))
+        result = lists_ahead(torch.from_numpy(known), torch.from_numpy(last), ended, torch.tensor(leaving), gamma=gamma)
+        assert float(result.mean()) == pytest.approx(expected, rel=0.02)
 
 
-def test_the_lambda_return_stops_at_the_value_where_the_session_is_not_known_further() -> None:
-    # two lists are known; what follows the second is not: G2 = V2 = 10, G1 = 2 + .5 * 10
-    assert lambda_return(_row(2, 4, 0), _row(1, 10, 99), _row(1, 1, 0), _row(0, 0, 0), gamma=0.5, trace=1.0).tolist() == [7.0]
-    assert lambda_return(_row(2, 0, 0), _row(1, 99, 99), _row(1, 0, 0), _row(0, 0, 0), gamma=0.5, trace=1.0).tolist() == [1.0]
-    assert lambda_return(_row(2, 0, 0), _row(1, 99, 99), _row(1, 0, 0), _row(1, 0, 0), gamma=0.5, trace=1.0).tolist() == [2.0]
-    assert lambda_return(_row(5, 5, 5), _row(9, 9, 9), _row(0, 0, 0), _row(0, 0, 0), gamma=0.5, trace=1.0).tolist() == [0.0]
-
-
-def test_with_trace_0_it_is_the_one_step_target_and_with_trace_1_the_discounted_sum() -> None:
-    rng = np.random.default_rng(0)
-    rewards, values = (torch.from_numpy(rng.normal(size=(16, 5))) for _ in range(2))
-    known, terminated = torch.ones(16, 5), torch.zeros(16, 5)
-    terminated[:, -1] = 1
-    one = lambda_return(rewards, values, known, terminated, gamma=0.9, trace=0.0)
-    assert torch.allclose(one, rewards[:, 0] + 0.9 * values[:, 1])
-    whole = lambda_return(rewards, values, known, terminated, gamma=0.9, trace=1.0)
-    assert torch.allclose(whole, (rewards * 0.9 ** torch.arange(5)).sum(1))
-
-
-def test_split_losses_equal_the_slow_loop() -> None:
+def test_reward_losses_equal_the_slow_loop() -> None:
     rng = np.random.default_rng(1)
-    m, b, lists = 3, 6, 4
-    pairs, users = rng.normal(size=(2, m, b, lists)), rng.normal(size=(2, m, b))
-    rewards, after = rng.normal(size=(b, lists)), rng.normal(size=b)
+    q, m, b, lists = 2, 3, 6, 4
+    values, rewards = rng.normal(size=(q, m, b, lists)), rng.normal(size=(b, lists, q))
     shown = (np.arange(lists) < rng.integers(1, lists + 1, b)[:, None]).astype(float)
-    tensors = [torch.from_numpy(x) for x in (pairs, users, rewards, shown)]
-    losses = split_losses(tensors[0], tensors[1], tensors[2], tensors[3], after=torch.from_numpy(after))
-    for n in range(m):
-        reward = [(pairs[0, n, i, j] - rewards[i, j]) ** 2 for i in range(b) for j in range(lists) if shown[i, j]]
-        long_term, value = [], []
-        for i in range(b):
-            here = [j for j in range(lists) if shown[i, j]]
-            long_term.append((sum(pairs[1, n, i, j] for j in here) + users[0, n, i] - after[i]) ** 2)
-            value.append((users[1, n, i] - sum(rewards[i, j] for j in here) - after[i]) ** 2)
-        np.testing.assert_allclose(
-            [losses.reward[n], losses.long_term[n], losses.value[n]], [np.mean(x) for x in (reward, long_term, value)]
-        )
+    found = reward_losses(*(torch.from_numpy(x) for x in (values, rewards, shown)))
+    for i in range(q):
+        for n in range(m):
+            errors = [(values[i, n, x, j] - rewards[x, j, i]) ** 2 for x in range(b) for j in range(lists) if shown[x, j]]
+            assert float(found[i, n]) == pytest.approx(np.mean(errors))
+
+
+def _sums(fitted: LongTerm, effects: npt.NDArray[np.float64], request: npt.NDArray[np.float64], ahead: npt.NDArray[np.float64]) -> Sums:
+    nothing = torch.zeros(len(ahead))
+    effects_, request_, ahead_ = (torch.from_numpy(x).float() for x in (effects, request, ahead))
+    return fitted.sums(effects_, request_, torch.stack([ahead_, 3 * ahead_], -1), nothing, nothing + 2)
+
+
+def test_the_long_term_effect_is_that_of_least_squares_with_user_and_context_held_fixed() -> None:
+    rng = np.random.default_rng(2)
+    request = rng.normal(size=(400, 2))
+    effects = 100 + 30 * rng.normal(size=(400, 3)) + 20 * request[:, :1]  # not centred, and correlated with the user
+    effects[:, 2] = 7.0  # never varies
+    ahead = 0.05 * effects[:, 0] - 0.1 * effects[:, 1] + 3 * request[:, 0] + rng.normal(size=400)
+    fitted = LongTerm(3, 2)
+    fitted.add(_sums(fitted, effects[:250], request[:250], ahead[:250]))
+    fitted.add(_sums(fitted, effects[250:], request[250:], ahead[250:]))
+    fitted.solve()
+    weight = np.sqrt(np.where(np.arange(400) < 250, 1 - 1 / MEMORY, 1.0))[:, None]  # the first batch is older
+    inputs = np.column_stack([effects[:, :2], request, np.ones(400)])
+    expected = np.linalg.lstsq(inputs * weight, ahead * weight[:, 0], rcond=None)[0][:2]
+    np.testing.assert_allclose(fitted.weights, [*3 * expected, 0], rtol=2e-3)  # far away it is three times as much
+    pairs = torch.from_numpy(effects[:5]).float()
+    np.testing.assert_allclose(fitted(pairs), pairs.numpy() @ fitted.weights.numpy() * 2, rtol=1e-5)  # a list pays 2
+
+
+def test_before_it_has_seen_anything_the_long_term_effect_is_0() -> None:
+    fitted = LongTerm(3, 2)
+    fitted.solve()
+    assert not fitted(torch.ones(4, 3)).any() and fitted.leaving == 0
+
+
+def test_what_a_later_list_pays_is_not_credited_to_this_one() -> None:
+    """Users differ in what they pay, are shown accordingly, and all stay alike: f is 0 for what only tells who the user is."""
+    rng = np.random.default_rng(3)
+    taste = rng.normal(size=5000)
+    effects = np.stack([5 * taste, 0 * taste], 1) + rng.normal(size=(5000, 2))
+    stays = rng.random(5000) < 1 / (1 + np.exp(-1 - 0.5 * effects[:, 1]))
+    fitted = LongTerm(2, 0)
+    ended = torch.from_numpy(~stays).float()
+    known, reward = 1 - ended[:, None], torch.from_numpy(taste).float()
+    ahead = lists_ahead(known, torch.zeros_like(known), ended, torch.tensor(0.3), gamma=0.9).unsqueeze(-1).expand(-1, 2)
+    fitted.add(fitted.sums(torch.from_numpy(effects).float(), torch.zeros(5000, 0), ahead, ended, reward))
+    fitted.solve()
+    assert abs(fitted.weights[0]) < 0.03 * fitted.weights[1]
 
 
 def test_followers_and_their_columns_follow_the_session() -> None:
     following = np.array([2, -2, 3, -1, 1])  # 0 → 2 → 3 → not known; 4 → 1 → the user left
     chain = followers(following, np.array([0, 4, 3]), 3)
     assert chain.tolist() == [[2, 3, -1], [1, -1, -1], [-1, -1, -1]]
-    columns = {
-        "states": np.arange(5, dtype=np.float32)[:, None, None].repeat(2, 1),
-        "categorical": np.zeros((5, 2, 0), np.int32),
-        "rewards": np.arange(10, dtype=np.float32).reshape(5, 2, 1),
-        "shown": np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1]], np.float32),
-    }
-    future = future_columns(columns, following == -2, chain)
+    future = future_columns(following == -2, chain)
     assert future["future_known"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
     assert future["future_terminated"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
-    assert future["future_states"][..., 0].tolist() == [[2, 3, 0], [1, 0, 0], [0, 0, 0]]
-    assert future["future_rewards"][..., 0].tolist() == [[9, 13, 0], [2, 0, 0], [0, 0, 0]]
 
 
 def _split(config: Config, **learner: Any) -> Config:
@@ -89,62 +115,48 @@ def _split(config: Config, **learner: Any) -> Config:
     return config.model_copy(update={"learner": config.learner.model_copy(update=settings)})
 
 
-def test_the_users_critics_see_nothing_of_the_item(config: Config) -> None:
+def test_a_new_normaliser_and_new_value_scales_change_nothing_of_the_split_critic(config: Config) -> None:
     state = LearnState.create(_split(config), device="cpu")
-    transitions = make_transitions(config, 8, horizon=3)
-    item = slice(len(config.spec.user_features), len(config.spec.user_features) + len(config.spec.item_features))
-    before = prepare(state, transitions).future
-    transitions["states"][..., item] += 5
-    transitions["scores"] *= 3
-    transitions["future_states"][..., item] += 5
-    after = prepare(state, transitions).future
-    assert before is not None and after is not None and torch.equal(before.numeric, after.numeric)
-
-
-def test_folding_changes_no_function_of_the_split_critic(config: Config) -> None:
-    deployment = _split(config)
-    state = LearnState.create(deployment, device="cpu")
+    transitions = make_transitions(config, 64)
+    for _ in range(15):
+        update(state, prepare(state, transitions))
     critics, n = state.networks.critics, state.networks
     assert isinstance(critics, SplitCritics)
-    transitions = make_transitions(config, 8, horizon=3)
 
-    def values() -> list[torch.Tensor]:
+    def values() -> tuple[torch.Tensor, torch.Tensor]:
         batch = prepare(state, transitions)
-        scale = n.value_scale.norm()
-        assert batch.future is not None
-        flat = batch.future.numeric.flatten(0, 1), batch.future.categorical.flatten(0, 1)
-        return [critics.pairs(batch.numeric.flatten(0, 1), batch.categorical.flatten(0, 1)) * scale, critics.users(*flat) * scale]
+        with torch.no_grad():
+            predicted = critics.rewards(batch.numeric.flatten(0, 1), batch.categorical.flatten(0, 1)).unflatten(-1, batch.valid.shape)
+            return predicted * n.value_scale.view(-1, 1, 1, 1), critics.long_term(_effects(n, batch.numeric, predicted))
 
-    with torch.no_grad():
-        before = values()
-        width = len(n.mean)
-        rng = np.random.default_rng(0)
-        normaliser = type(n.normaliser)(rng.normal(size=width).astype(np.float32), rng.uniform(0.5, 2, width).astype(np.float32))
-        n.set_scales(normaliser, np.array([2.0, 0.5], np.float32), fold=True)
-        pairs, _ = values()
-    assert torch.allclose(before[0], pairs, atol=1e-4)
+    before, width, rng = values(), len(n.mean), np.random.default_rng(0)
+    assert before[1].std() > 0
+    normaliser = Normaliser(rng.normal(size=width).astype(np.float32), rng.uniform(0.5, 2, width).astype(np.float32))
+    n.set_scales(normaliser, np.array([2.0, 0.5], np.float32), fold=True)
+    for old, new in zip(before, values(), strict=True):
+        assert torch.allclose(old, new, atol=1e-4)
 
 
 def test_the_split_critic_finds_the_pair_that_keeps_the_user(config: Config) -> None:
-    """Rewards say nothing; the user stays exactly when the first feature of the shown pairs sums to more than 0: f must rank by it."""
-    deployment = _split(config, batch_size=64, critic_lr=3e-3, hidden_sizes=(32,))
+    """Rewards are the same for all; whether the user stays depends on the first feature of the item: f must rank by it."""
+    deployment = _split(config, batch_size=64, hidden_sizes=(32,))
     state = LearnState.create(deployment, device="cpu")
-    for step in range(150):
+    column = state.networks.spec.item_inputs[0]
+    for step in range(60):
         t = make_transitions(config, 64, seed=step, list_size=5, horizon=2)
-        t["rewards"][:] = 0
-        stays = ((t["states"][..., 0] * t["shown"]).sum(1) > 0).astype(np.float32)
+        t["rewards"][:] = 1
+        stays = ((t["states"][..., column] * t["shown"]).sum(1) > 0).astype(np.float32)
         t["has_next"][:], t["terminated"][:] = stays, 1 - stays
         t["future_known"][:] = stays[:, None]
         t["future_terminated"][:] = np.array([0, 1]) * stays[:, None]
-        t["future_rewards"][:] = 1.0
         update(state, prepare(state, t))
     test = make_transitions(config, 64, seed=999, list_size=5, horizon=2)
-    batch = prepare(state, test)
-    critics = state.networks.critics
+    batch, critics = prepare(state, test), state.networks.critics
     assert isinstance(critics, SplitCritics)
     with torch.no_grad():
-        f = critics.pairs(batch.numeric.flatten(0, 1), batch.categorical.flatten(0, 1))[1].mean(0)
-    assert np.corrcoef(f.numpy(), test["states"][..., 0].ravel())[0, 1] > 0.8
+        predicted = critics.rewards(batch.numeric.flatten(0, 1), batch.categorical.flatten(0, 1)).unflatten(-1, batch.valid.shape)
+        f = critics.long_term(_effects(state.networks, batch.numeric, predicted))
+    assert np.corrcoef(f.numpy().ravel(), test["states"][..., column].ravel())[0, 1] > 0.9
 
 
 def test_split_with_the_printed_actor_loss_is_refused() -> None:
