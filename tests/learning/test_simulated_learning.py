@@ -40,7 +40,7 @@ def test_after_10_000_steps_the_learnt_policy_beats_control_with_its_whole_inter
     control, final = frozen[0].reward.mean, frozen[-1].difference
     assert control is not None and final.mean is not None and final.ci_low is not None
     assert final.ci_low > 0
-    assert final.mean / control > 0.2, f"four seeds gave +23 % to +52 %; here {final.mean / control:+.1%}"
+    assert final.mean / control > 0.25, f"four seeds gave +40 % to +62 %; here {final.mean / control:+.1%}"
 
 
 def test_users_stay_longer_with_the_learnt_policy(frozen: list[FrozenResult]) -> None:
@@ -53,4 +53,4 @@ def test_it_learns_at_the_pace_of_the_samples_per_insert_and_stays_near_the_boun
     assert [policy.manifest.round for policy in learnt] == [0, 1]
     assert method.result is not None
     assert float(method.result.outside_share) < 0.3
-    assert 0.5 < float(method.result.critic_loss) < 15
+    assert 0.02 < float(method.result.critic_loss) < 1.0
