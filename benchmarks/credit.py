@@ -6,7 +6,7 @@ A fit finds the function f of a pair whose sum over the shown pairs, beside a fu
 that the log holds: by least squares, f linear, or by Adam. f is scored by its correlation with the simulator's true effect on satisfaction
 within pages of other sessions; nothing but the ceiling is fitted to that truth. Returns of later rewards credit a list with who the user
 is: users of high scores are shown high scores, and pay well on the next list too, beyond what user features tell. Whether the user comes
-back depends far less on who that is. More lists do not help the former, which is wrong by more than noise.
+back depends less on who that is. More lists do not help, since it is no noise. Taking each user's mean out of inputs and targets does.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from esrl_ray.vocabulary import Floats
 WINDOWS, REWARDS, DISCOUNTS, FAR, GAMMA = (1, 3, 6, 12), (1, 6, 12), (0.6, 0.75, 0.85, 0.92), 20, 0.98
 """Lists of the windows of leaving and of reward; discounts of leaving, which is looked for in `FAR` lists; discount of the return."""
 INPUTS = ("item features, scores", "item features, predicted rewards")
+COLUMNS = (*INPUTS, *(f"{name}; less the user's means" for name in INPUTS))
 CEILING, BY_ADAM = "the truth itself: the ceiling", ("lists to come, up to 12", "discounted leaving, 0.85")
 KINDS: dict[str, tuple[int, ...]] = {"linear": (), "layers 64, 64": (64, 64)}
 RIDGE = 1.0  # beside sums of squares of thousands of lists: it only keeps the equations solvable
@@ -51,6 +52,7 @@ class Log:
     """What fits are made from, and the pages that judge them. A pair is its D = F + k + q standardised inputs and predicted rewards."""
 
     shown: Floats  # (n, l, D)
+    users: Indices  # (n,)
     targets: dict[str, Doubles]  # (n,) each
     judged: Floats  # (pairs, D), a page's pairs together
     gains: Doubles  # (pairs,) g, the truth
@@ -107,7 +109,7 @@ def make(config: Config, *, lists: int, seed: int, sessions: int, reward_steps: 
     inputs = ((*items, *wide[spec.num_features : -width]), (*items, *wide[-width:]))
     found = targets(steps.following, steps.list_rewards.sum(1).astype(np.float64))
     gains = np.concatenate(recorder.targets)[:, 1].astype(np.float64)
-    return Log(shown, found, judged, gains, spec.request_inputs, inputs)
+    return Log(shown, steps.users, found, judged, gains, spec.request_inputs, inputs)
 
 
 def mlp(*widths: int) -> torch.nn.Sequential:
@@ -128,12 +130,17 @@ def train(nets: Sequence[torch.nn.Module], loss: Loss, num_rows: int, *, steps: 
             schedule.step()
 
 
-def least_squares(log: Log, columns: Sequence[int], y: Doubles) -> Doubles:
+def least_squares(log: Log, columns: Sequence[int], y: Doubles, *, within_users: bool) -> Doubles:
     """f of the judged pairs, in closed form."""
     known = ~np.isnan(y)
-    sums, users = log.shown[known][..., columns].sum(1), log.shown[known][:, 0, log.request]
-    a = np.concatenate([sums, users, np.ones((len(sums), 1))], 1)  # (lists, d + u + 1)
-    w = np.linalg.solve(a.T @ a + RIDGE * np.eye(a.shape[1]), a.T @ y[known])
+    sums, request = log.shown[known][..., columns].sum(1), log.shown[known][:, 0, log.request]
+    a = np.concatenate([sums, request, np.ones((len(sums), 1)), y[known, None]], 1)  # (lists, d + u + 2)
+    if within_users:
+        totals = np.zeros((log.users.max() + 1, a.shape[1]))
+        np.add.at(totals, log.users[known], a)
+        a = a - (totals / np.maximum(np.bincount(log.users[known], minlength=len(totals)), 1)[:, None])[log.users[known]]
+    x, target = a[:, :-1], a[:, -1]
+    w = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ target)
     return np.asarray(log.judged[:, columns] @ w[: len(columns)], np.float64)
 
 
@@ -151,14 +158,16 @@ def by_adam(log: Log, columns: Sequence[int], y: Doubles, *, hidden: Sequence[in
 
 
 def measure(log: Log, *, adam_steps: int, seed: int) -> dict[str, list[float]]:
-    """Of every fit: for each of `INPUTS`, the correlation of f with the truth within pages. No steps of Adam leave its fits out."""
+    """Of every fit, for each of `COLUMNS` or of `INPUTS` only: correlation of f with the truth within pages; no steps leave Adam out."""
     truth, scores = centred(log.gains), defaultdict[str, list[float]](list)
-    for columns in log.inputs:
-        x = centred(log.judged[:, columns].astype(np.float64))
-        fits = {CEILING: x @ np.linalg.lstsq(x, truth, rcond=None)[0]}
-        fits |= {name: least_squares(log, columns, y) for name, y in log.targets.items()}
-        for name, (kind, hidden) in itertools.product(BY_ADAM if adam_steps else (), KINDS.items()):
-            fits[f"{name}, by Adam, {kind}"] = by_adam(log, columns, log.targets[name], hidden=hidden, steps=adam_steps, seed=seed)
+    for within_users, columns in itertools.product((False, True), log.inputs):
+        fits = {name: least_squares(log, columns, y, within_users=within_users) for name, y in log.targets.items()}
+        if not within_users:
+            x = centred(log.judged[:, columns].astype(np.float64))
+            fits = {CEILING: x @ np.linalg.lstsq(x, truth, rcond=None)[0]} | fits
+            for name, (kind, hidden) in itertools.product(BY_ADAM if adam_steps else (), KINDS.items()):
+                f = by_adam(log, columns, log.targets[name], hidden=hidden, steps=adam_steps, seed=seed)
+                fits[f"{name}, by Adam, {kind}"] = f
         for name, f in fits.items():
             scores[name].append(float(np.corrcoef(centred(f), truth)[0, 1]))
     return scores
@@ -175,8 +184,9 @@ def report(scores: Sequence[dict[str, list[float]]]) -> Table:
     rows = []
     for name in scores[0]:
         by_inputs = np.array([of[name] for of in scores]).T  # (inputs, worlds)
-        rows.append((name, *(f"{x.mean():.2f} ({x.min():.2f} to {x.max():.2f})" for x in by_inputs)))
-    return Table("Correlation of f with the true effect, within pages", "none, it is a diagnosis", ("target", *INPUTS), rows)
+        cells = [f"{x.mean():.2f} ({x.min():.2f} to {x.max():.2f})" for x in by_inputs]
+        rows.append((name, *cells, *["-"] * (len(COLUMNS) - len(cells))))
+    return Table("Correlation of f with the true effect, within pages", "none, it is a diagnosis", ("target", *COLUMNS), rows)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.credit import BY_ADAM, CEILING, INPUTS, KINDS, look_ahead, make, measure, report, targets
+from benchmarks.credit import BY_ADAM, CEILING, COLUMNS, INPUTS, KINDS, least_squares, look_ahead, make, measure, report, targets
 from esrl_ray.config import load_config
 from esrl_ray.replay.steps import CUT, LEFT, UNKNOWN
 
@@ -46,15 +46,20 @@ def test_a_user_who_stays_longer_than_the_windows_has_not_left() -> None:
 def test_a_tiny_world_has_a_correlation_for_every_fit_and_input() -> None:
     torch.set_num_threads(1)
     world = ["simulation.num_users=100", "simulation.num_items=2000", "exploration.explore_share=1", "exploration.exploit_share=0"]
-    log = make(load_config(DEMO, world), lists=300, seed=0, sessions=20, reward_steps=5)
+    log = make(load_config(DEMO, world), lists=4_500, seed=0, sessions=20, reward_steps=5)
     scores = measure(log, adam_steps=3, seed=0)
     by_adam = {f"{name}, by Adam, {kind}" for name in BY_ADAM for kind in KINDS}
     assert set(scores) == {CEILING, *log.targets, *by_adam}
     assert set(measure(log, adam_steps=0, seed=0)) == set(scores) - by_adam
-    assert all(len(of) == len(INPUTS) and np.all(np.abs(of) <= 1) for of in scores.values())
-    for name in set(scores) - by_adam:  # no linear function beats that of the truth
-        assert np.all(np.array(scores[name]) <= np.array(scores[CEILING]) + 1e-9), name
-    table = report([scores, {name: [1.0, 0.0] for name in scores}])
-    assert [row[0] for row in table.rows] == list(scores) and table.columns == ("target", *INPUTS)
+    for name, of in scores.items():
+        assert len(of) == len(COLUMNS if name in log.targets else INPUTS) and np.all(np.abs(of) <= 1), name
+        if name in log.targets:  # no linear function beats that of the truth
+            assert np.all(np.array(of) <= np.tile(scores[CEILING], 2) + 1e-9), name
+    shifted = log.users * 7.0  # what is the same for all lists of a user changes nothing, less the user's means
+    fits = [least_squares(log, log.inputs[0], log.targets["left within 1"] + more, within_users=True) for more in (0.0, shifted)]
+    np.testing.assert_allclose(fits[0], fits[1], atol=1e-8)
+    table = report([scores, {name: [1.0] * len(of) for name, of in scores.items()}])
+    assert [row[0] for row in table.rows] == list(scores) and table.columns == ("target", *COLUMNS)
+    assert table.rows[0][-2:] == ("-", "-") and all(len(row) == len(table.columns) for row in table.rows)
     mean = (1 + scores[CEILING][0]) / 2
     assert table.rows[0][1] == f"{mean:.2f} ({scores[CEILING][0]:.2f} to 1.00)"
