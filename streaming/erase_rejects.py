@@ -12,6 +12,7 @@ from __future__ import annotations
 import binascii
 import os
 import re
+import time
 from base64 import b64decode
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import msgspec
 
+TORN_TRIES, TORN_S = 20, 0.05
+"""A last line without its end is read again, so often and after so long: an import is writing it."""
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
@@ -35,14 +38,20 @@ def erase_rejects(path: Path, user_ids: Collection[str], *, dry_run: bool) -> tu
     """
     num_rows = num_unreadable = at = 0
     with path.open("rb" if dry_run else "r+b") as file:
-        for line in file:
+        tries = 0
+        while line := file.readline():
+            if not line.endswith(b"\n") and (tries := tries + 1) <= TORN_TRIES:  # an import is writing it, or was cut off
+                time.sleep(TORN_S)
+                file.seek(at)
+                continue
             try:
                 if (blank := _blanked(line, user_ids)) is not None:
                     num_rows += 1
                     if not dry_run:
                         os.pwrite(file.fileno(), blank, at)
             except (msgspec.MsgspecError, KeyError, TypeError):
-                num_unreadable += _has_word(line.decode(errors="replace"), user_ids)
+                text = line.decode(errors="replace")
+                num_unreadable += _has_word(text, user_ids) or _ends_within(text, user_ids)
             at += len(line)
         if num_rows and not dry_run:
             os.fsync(file.fileno())
@@ -75,8 +84,12 @@ def _quotes(sample: str, user_ids: Collection[str]) -> bool:
         if encoded in packed or any(packed.endswith(encoded[:n]) for n in range(2, len(encoded))):
             return True
     text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), sample).rstrip("\ufffd")
-    cut = any(text.endswith(f'"{user_id[:n]}') for user_id in user_ids for n in range(1, len(user_id) + 1))
-    return cut or _has_word(text, user_ids)
+    return _ends_within(text, user_ids) or _has_word(text, user_ids)
+
+
+def _ends_within(text: str, user_ids: Collection[str]) -> bool:
+    """Whether a text was cut off in the middle of the id."""
+    return any(text.endswith(f'"{user_id[:n]}') for user_id in user_ids for n in range(1, len(user_id) + 1))
 
 
 def _holds(value: Any, user_ids: Collection[str]) -> bool:

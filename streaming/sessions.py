@@ -187,7 +187,8 @@ class SessionJoiner:
         return self._rows(clock_ms)
 
     def close(self, *, clock_ms: int) -> list[StepRow]:
-        """End of the data: apply everything pushed, truncate what is open, and return the rows that this makes."""
+        """End of the data: apply everything pushed, truncate what is open, and return the rows that this makes, however many."""
+        self.is_behind = False
         self._run(max([self.watermark_ms, *(pending[0] + 1 for pending in self._pending)]))
         self._sessions.close()
         return self._rows(clock_ms)

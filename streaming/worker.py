@@ -171,8 +171,7 @@ class IngestWorker:
             until: `topic/partition` -> end offset; partitions of others are ignored.
             timeout_s: Then it closes what it has.
 
-        Returns:
-            Whether the end offsets were reached.
+        Returns: Whether the end offsets were reached.
         """
         mine = {f"{name}/{p}" for name in self._names.values() for p in self._partitions}
         ends = {where: end for where, end in until.items() if where in mine}
@@ -182,8 +181,9 @@ class IngestWorker:
         with self._alone():
             if self._lacking:
                 return False
-            now_ms = self._clock_ms()
-            self._make_commit([row for joiner in self._joiners.values() for row in joiner.close(clock_ms=now_ms)])
+            while any(joiner.is_behind for joiner in self._joiners.values()):  # whose gap has passed has left, and is not truncated
+                self._make_commit(self._advance())
+            self._make_commit([row for joiner in self._joiners.values() for row in joiner.close(clock_ms=self._clock_ms())])
         _logger.info("worker drained worker=%s reached=%s commit=%d", self._worker, reached, self._commit)
         return reached
 

@@ -166,9 +166,10 @@ class Networks(nn.Module):
         normalised: torch.Tensor = (raw - self.mean) / self.std
         return normalised
 
-    def raw(self, numeric: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
-        """Some columns of normalised input (..., F + k) as they were."""
-        chosen = list(columns)
+    def item_features(self, numeric: torch.Tensor) -> torch.Tensor:
+        """The item's features in normalised input (..., F + k), as they were. A list of columns would wait for the device, a slice does not."""
+        start = len(self.spec.user_features)
+        chosen = slice(start, start + len(self.spec.item_features))
         before: torch.Tensor = numeric[..., chosen] * self.std[chosen] + self.mean[chosen]
         return before
 

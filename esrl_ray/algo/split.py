@@ -23,7 +23,7 @@ from torch import nn
 MEMORY = 2000
 """Batches that the sums remember: each batch makes those before it count `1 - 1 / MEMORY` times as much."""
 RIDGE = 1e-4
-"""Of the solution, on inputs of standard deviation 1."""
+"""Of the solution, on inputs of standard deviation 1; with few lists it is their number of inputs over the number of lists."""
 
 
 def reward_losses(values: torch.Tensor, rewards: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
@@ -136,12 +136,13 @@ class LongTerm(nn.Module):
         mean, mean_ahead = self.gram[-1, :-1] / count, self.moment[-1] / count
         covariance = self.gram[:-1, :-1] / count - torch.outer(mean, mean)
         variance = covariance.diagonal()
-        std = torch.where(variance > 1e-10 * (1 + mean.square()), variance.sqrt(), torch.inf)
+        std = torch.where((variance > 1e-10 * mean.square()) & (variance > 0), variance.clamp_min(0.0).sqrt(), torch.inf)
         cross = (self.moment[:-1] / count - torch.outer(mean, mean_ahead)) / std.unsqueeze(-1)  # (D + U, 2)
-        ridge = RIDGE * torch.eye(len(std), dtype=std.dtype, device=std.device)
+        eye = torch.eye(len(std), dtype=std.dtype, device=std.device)
+        ridge = eye * (len(std) / count).clamp_min(RIDGE)
         standard = covariance / torch.outer(std, std) + ridge
         direction = torch.linalg.solve_ex(standard, cross[:, 0])[0][:num_effects]  # `_ex` does not wait for the device
         direction = direction / direction.norm().clamp_min(1e-12)
-        along = torch.cat([torch.nn.functional.pad(direction, (0, len(std) - num_effects)).unsqueeze(0), ridge[num_effects:] / RIDGE])
+        along = torch.cat([torch.nn.functional.pad(direction, (0, len(std) - num_effects)).unsqueeze(0), eye[num_effects:]])
         length = torch.linalg.solve_ex(along @ standard @ along.T + ridge[num_effects - 1 :, num_effects - 1 :], along @ cross[:, 1])[0][0]
         self.weights.copy_(length.clamp_min(0.0) * direction / std[:num_effects])

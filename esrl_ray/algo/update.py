@@ -313,14 +313,14 @@ def _long_term_step(state: LearnState, batch: Batch, average: Average | None) ->
     if average is not None:
         average(list(sums))
     critics.long_term.add(sums)
-    if state.gradient_steps % state.learner.soft_update_every == 0:
+    if (state.gradient_steps + 1) % state.learner.soft_update_every == 0:
         critics.long_term.solve()
 
 
 def _effects(networks: Networks, numeric: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """psi of pairs: the item's features and the rewards that rho (q, m, B, P) predicts, as they are in the log; (B, P, D)."""
     rewards = predicted.mean(1).permute(1, 2, 0) * networks.value_scale
-    return torch.cat([networks.raw(numeric, networks.spec.item_inputs), rewards], -1)
+    return torch.cat([networks.item_features(numeric), rewards], -1)
 
 
 def _actor_step(state: LearnState, batch: Batch, average: Average | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

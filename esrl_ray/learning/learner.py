@@ -122,4 +122,4 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
                 buffer.copy_(torch.as_tensor(state[DOUBLES][name]))
 
     def _doubles(self) -> dict[str, torch.Tensor]:
-        return {name: buffer for name, buffer in self._networks.named_buffers() if buffer.dtype == torch.float64}
+        return {name: buffer for name, buffer in self._networks.critics.named_buffers() if buffer.dtype == torch.float64}

@@ -106,6 +106,25 @@ def test_lines_that_are_no_refused_rows_are_counted_when_they_have_the_id_and_st
     assert path.read_bytes().splitlines()[1:] == content.splitlines()[1:]
 
 
+def test_a_line_that_an_import_is_writing_is_read_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.jsonl"
+    rejects_of(path, [b'{"user_id": "bob"}', b'{"user_id": "u-42"}'])
+    whole = path.read_bytes()
+    cut = whole.index(b"u-42") + 2
+    path.write_bytes(whole[:cut])
+
+    def write_on(seconds: float) -> None:
+        with path.open("ab") as file:
+            file.write(whole[cut:])
+
+    monkeypatch.setattr("streaming.erase_rejects.time.sleep", write_on)
+    assert erase_rejects(path, ["u-42"], dry_run=False) == (1, 0)
+    assert b"u-42" not in path.read_bytes() and path.stat().st_size == len(whole)
+    path.write_bytes(whole[:cut])
+    monkeypatch.setattr("streaming.erase_rejects.time.sleep", lambda seconds: None)
+    assert erase_rejects(path, ["u-42"], dry_run=False) == (0, 1)  # it was cut off for good
+
+
 def test_an_import_knows_what_it_refused_when_its_sample_is_gone(tmp_path: Path) -> None:
     decisions, events = visits()
     rows = [wire(decision) for decision in decisions]

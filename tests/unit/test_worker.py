@@ -85,6 +85,25 @@ def test_what_is_due_at_once_after_a_pause_comes_in_several_commits_one_after_th
     assert comparable(in_parts) == comparable(after_a_pause(1))
 
 
+def test_a_drain_that_is_behind_ends_the_sessions_whose_users_have_left() -> None:
+    ends = []
+    for max_commit_mb in (128.0, 3.1 * PARTITIONS * CONFIG.ingest.max_commit_mb / CONFIG.max_commit_rows):
+        world = World()
+        ingest = CONFIG.ingest.model_copy(update={"max_commit_mb": max_commit_mb})
+        worker = world.worker(config=CONFIG.model_copy(update={"ingest": ingest}))
+        for i in range(9):
+            world.write(decision(f"d{i}", 10 + i / 1000))
+            world.write(feedback(f"d{i}", "shown", 11))
+        for _ in range(10):
+            worker.run_once()
+        world.now_ms += 100_000
+        while not any(len(rows) for rows in world.commits):
+            worker.run_once()
+        assert worker.drain(world.ends, 60.0) and not worker.status()["is_behind"]
+        ends.append([row["ended"] for row in comparable(world)])
+    assert ends[0] == ends[1] == ["has_next"] * 8 + ["terminated"]
+
+
 def test_while_a_commit_hangs_the_status_has_the_lag_from_when_it_began() -> None:
     world, seen = World(), []
     visits(world)
