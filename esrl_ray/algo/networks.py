@@ -167,7 +167,7 @@ class Networks(nn.Module):
         return normalised
 
     def item_features(self, numeric: torch.Tensor) -> torch.Tensor:
-        """The item's features in normalised input (..., F + k), as they were. A list of columns would wait for the device, a slice does not."""
+        """The item's features in normalised input (..., F + k), as they were; a slice, which does not wait for the device."""
         start = len(self.spec.user_features)
         chosen = slice(start, start + len(self.spec.item_features))
         before: torch.Tensor = numeric[..., chosen] * self.std[chosen] + self.mean[chosen]
