@@ -32,6 +32,8 @@ METHODS = {
     "enhancedrl-request-noise": Variant("enhancedrl", ("exploration.scope=request",), what="ablation: one noise draw per request"),
     "enhancedrl-ple": Variant("enhancedrl", ("learner.actor=ple",), what="ablation: PLE-like actor"),
     "enhancedrl-list-sum": Variant("enhancedrl-list-sum", PUBLISHED, what="the paper's loss of critics (2 x 2, no phi), listwise actor"),
+    "enhancedrl-continuous": Variant("enhancedrl", ("learner.continuous_penalty=true",), what="ablation: a penalty without its jump"),
+    "enhancedrl-phi": Variant("enhancedrl-list-sum", (*PUBLISHED, "learner.phi=true"), what="enhancedrl-list-sum with phi"),
     "enhancedrl-per-pair": Variant("enhancedrl-per-pair", PUBLISHED, what="per-pair TD (2 x 2 critics, no phi), listwise actor"),
     "enhancedrl-printed": Variant("enhancedrl-printed", PUBLISHED, what="both losses as printed (2 x 2 critics, no phi, MLP actor)"),
     "unifiedrl": Variant("unifiedrl", (*PUBLISHED, "learner.critics_per_group=24"), what="one action per request, 2 x 24 critics, no phi"),
