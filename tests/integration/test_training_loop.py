@@ -216,7 +216,8 @@ def test_a_loop_with_another_reward_begins_anew_from_what_is_logged_and_keeps_th
     running.start()
     running.until(lambda: running.loop.status()["state"] == "learning" and running.status("gradient_steps") > 0, num_steps=0)
     running.until(lambda: running.status("published") >= 1, num_steps=0)  # on no more than the steps that were there
-    assert running.status("version") > before["version"] and running.status("round") == before["round"]
+    assert running.status("version") > before["version"]
+    assert running.status("round") >= before["round"]  # what is logged may end a round at once
     assert list((running.folder / f"checkpoints-reward-{old.reward.digest}").glob("0*"))
     running.stop()
     anew = msgspec.json.decode((max((running.folder / "checkpoints").glob("0*")) / PROGRESS_FILE).read_bytes(), type=Progress)
