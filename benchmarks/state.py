@@ -289,7 +289,8 @@ def main() -> None:
         f"{PAIRS} pairs a list, 4 partitions. {MEASURED_STEPS} commits after {WARM_STEPS} that do not count, state files fsynced on the "
         "local disk; rows are left out. A restart is a real worker on a real broker: it reads its state, the lists without a row, and what "
         "came in 2 s, and commits with its rows; the worker's 2 s to its first commit are in it. "
-        "By then the label age of nearly all these lists has passed, as after half a minute's outage, so the first commits write their rows too, `ingest.max_commit_mb` at a time."
+        "By then the label age of nearly all these lists has passed, as after half a minute's outage, so the first commits write their "
+        "rows too, `ingest.max_commit_mb` at a time."
     ]
     restarts = [f"{row[-1]} s with {row[1]} floats a pair" for row in rows if row[2] == "now" and int(row[0].replace(",", "")) >= 100_000]
     if restarts:
