@@ -1,6 +1,6 @@
 """From which target, and from which inputs, a log tells what a shown pair does to the user in the long run.
 
-python -m benchmarks.credit [--worlds 0,3,1,2,4] [--lists 60000] [--seed 0] [--adam-steps 6000]
+python -m benchmarks.credit [--worlds 0,3,1,2,4] [--lists 60000] [--seed 0] [--adam-steps 6000] [--machine TEXT] [--out FILE]
 
 A fit finds the function f of a pair whose sum over the shown pairs, beside a function of user and context features, is nearest to a target
 that the log holds: by least squares, f linear, or by Adam. f is scored by its correlation with the simulator's true effect on satisfaction
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,7 +209,7 @@ def main() -> None:
         head = (
             f"Commit {code}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {options.machine}. {options.lists:,} lists around control, "
             f"seed {options.seed}, {SESSIONS} other sessions judge: mean of worlds {worlds[: len(scores)]}, smallest and largest. Made by "
-            "`python -m benchmarks.credit`."
+            f"`{shlex.join(['python', '-m', 'benchmarks.credit', *sys.argv[1:]])}`."
         )
         text = ["# What a log tells of long-term effects", head, " ".join(str(__doc__).split("\n\n")[2].split()), report(scores).markdown()]
         options.out.write_text("\n\n".join(text) + "\n")  # an early end leaves whole worlds

@@ -193,9 +193,8 @@ def in_chains(made: Deployment) -> tuple[str, ...]:
             seconds.append(time.perf_counter() - began)
     made.write_next_step()
     made.producer.close()
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn")
-    ) as pool:  # without the joins of this process, which its collector would walk
+    # In a process of its own, without the joins of this one, which its collector would walk.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         lacking, ready, whole = pool.submit(restart, made.config, made.folder / "log", made.steps).result()
     return (*figures(sizes, seconds), f"{lacking:,}", f"{ready:.1f}", f"{whole:.1f}")
 

@@ -210,7 +210,7 @@ class LearnerConfig(Section):
     """EnhancedRL's losses and optimisers (paper symbols in brackets)."""
 
     gamma: float = Field(0.98, ge=0, lt=1, description="Discount [gamma].")
-    critics_per_group: Positive = Field(3, description="Critics in each reward group, or of each kind with critic split [m].")
+    critics_per_group: Positive = Field(3, description="Critics in each reward group [m].")
     hidden_sizes: tuple[Positive, ...] = Field((64, 64), min_length=1, description="Widths of actor and critics.")
     embedding_size: Positive = Field(8, description="Width of a categorical feature's embedding.")
     critic: Literal["list_sum", "per_pair", "split"] = Field(
@@ -243,7 +243,9 @@ class LearnerConfig(Section):
     actor_lr: float = Field(1e-3, gt=0, description="Adam step of the actor.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of actor and of critics.")
     soft_update: float = Field(0.08, gt=0, le=1, description="Polyak step of the targets [tau].")
-    soft_update_every: Positive = Field(15, description="Gradient steps between soft updates.")
+    soft_update_every: Positive = Field(
+        15, description="Gradient steps between soft updates; with critic split, between two fits of long-term value."
+    )
     group_weights: tuple[float, ...] | None = Field(None, description="Weights w_i of the reward groups in the actor loss; default 1 each.")
     batch_size: Positive = Field(128, description="Steps in a batch [B].")
     updates_per_call: Positive = Field(8, description="Gradient steps per learner call.")

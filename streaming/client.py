@@ -119,7 +119,7 @@ class _LastProblem(logging.Handler):
         return any(refusal in self.text for refusal in self.REFUSALS)
 
 
-class _Manager(KafkaConnectionManager):  # type: ignore[misc]
+class _Manager(KafkaConnectionManager):  # type: ignore[misc]  # kafka-python is untyped
     async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:
         transport = await super()._build_transport(node, timeout_at=timeout_at)
         receive = transport._sock_recv

@@ -130,7 +130,8 @@ def rewrite_mark(table: DeltaTable, worker: str) -> Transaction:
 
 
 def _write_file(store: fs.FileSystem, folder: str, date: str, rows: pa.Table, *, now_ms: int, rows_change: bool) -> AddAction:
-    # A name that nobody else draws: of two rewrites at the same time one is refused, but its files are written by then.
+    # A name that nobody else draws: of two rewrites at the same time one is refused, but its files are written by then. And one that never
+    # comes again: a vacuum that has listed an orphan deletes it by its name, whatever stands there by then.
     path, sink = f"{DATE}={date}/part-{uuid.uuid4()}.zstd.parquet", pa.BufferOutputStream()
     options = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": ["commit"]}
     parquet.write_table(rows, sink, row_group_size=ROW_GROUP, **options)

@@ -7,7 +7,6 @@ long as its session is open and its label age was reached at most `join.amend_s`
 from __future__ import annotations
 
 import heapq
-import math
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -75,7 +74,7 @@ class OpenSessions:
         """Steps whose label age is not reached."""
         return [step for step, _ in self._steps.values() if not step.closed]
 
-    def fire_until(self, time_ms: int, *, floor_ms: int = 0, limit: float = math.inf) -> int:
+    def fire_until(self, time_ms: int, *, floor_ms: int, limit: float) -> int:
         """Apply the timers that are due by then, in their order, or until `limit` rows are due, but not to before the floor.
 
         Returns:

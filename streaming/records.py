@@ -58,7 +58,7 @@ class Record(NamedTuple):
     too_large: str = ""  # why key and value are not there: its batch unpacks to more than `MAX_BATCH_BYTES`
 
 
-class FetchedRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
+class FetchedRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-python is untyped
     """The records of one fetch of one partition, as `Record`; stands in for kafka-python's class of a fetcher."""
 
     def _unpack_records(self, tp: Any, fetched: Any, *deserializers: None) -> Iterator[Record]:

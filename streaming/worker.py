@@ -119,8 +119,7 @@ class IngestWorker:
             ledger ({topic: {bucket: events}} since the first event ever), positions and lag (by `topic/partition`; records that no commit
             has), looked_ms (clock of the lag; it grows old while a commit hangs), watermarks_ms (by partition), open_sessions (by
             partition), is_behind (rows wait), steps_closed (since the first ever), refusals ({topic: {code: records}}) and label_delays
-            ({class: steps}) by this process, commit, committed_ms, commit_s (time of the last commit), tidy_s (of the last care of the
-            table), error.
+            ({class: steps}) by this process, commit, committed_ms, commit_s and tidy_s (of the last commit, the last care), error.
         """
         return self._status
 
@@ -171,7 +170,8 @@ class IngestWorker:
             until: `topic/partition` -> end offset; partitions of others are ignored.
             timeout_s: Then it closes what it has.
 
-        Returns: Whether the end offsets were reached.
+        Returns:
+            Whether the end offsets were reached.
         """
         mine = {f"{name}/{p}" for name in self._names.values() for p in self._partitions}
         ends = {where: end for where, end in until.items() if where in mine}

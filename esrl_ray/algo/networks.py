@@ -97,9 +97,9 @@ class SplitCritics(nn.Module):
 
     def __init__(self, spec: Spec, num_groups: int, critics_per_group: int, *, hidden_sizes: Sequence[int], embedding_size: int) -> None:
         super().__init__()
-        self.rewards = Critics(
+        self.rewards = Critics(  # rho
             spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size, actions=False
-        )  # rho
+        )
         self.long_term = LongTerm(len(spec.item_inputs) + num_groups, len(spec.request_inputs))  # f
 
     def fold(self, old: Normaliser, new: Normaliser) -> None:
@@ -114,8 +114,8 @@ class SplitCritics(nn.Module):
 class Networks(nn.Module):
     """All that a learner's parameters are: actor, critics, their targets, the frozen anchor, and the scales that they share.
 
-    The five networks read the same normalised input: another policy becomes the anchor by folding its normaliser into this one. Critics
-    give values in units of `value_scale`, the standard deviation of a list's reward in each group.
+    All networks read the same normalised input: another policy becomes the anchor by folding its normaliser into this one. Critics give
+    values in units of `value_scale`, the standard deviation of a list's reward in each group.
 
     Args:
         spec: Widths and ranges.
@@ -124,7 +124,7 @@ class Networks(nn.Module):
         hidden_sizes: Widths of actor and critics.
         embedding_size: Width of a categorical feature's embedding.
         level: What the actor sees.
-        split: Critics are `SplitCritics`.
+        split: Critics are `SplitCritics`. They read no targets, so there are none: `target_actor` and `target_critics` are None.
         actor: Its shape.
     """
 
@@ -152,8 +152,8 @@ class Networks(nn.Module):
             self.critics = SplitCritics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
         else:
             self.critics = Critics(spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size)
-        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.target_actor = None if split else copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critics = None if split else copy.deepcopy(self.critics).requires_grad_(False)
         self.anchor = copy.deepcopy(self.actor).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(spec.num_features + spec.num_scores))
         self.register_buffer("std", torch.ones(spec.num_features + spec.num_scores))
@@ -202,9 +202,11 @@ class Networks(nn.Module):
         old, scale = self.normaliser, torch.as_tensor(value_scale, device=self.value_scale.device)
         if fold:
             for network in (self.actor, self.critics, self.target_actor, self.target_critics, self.anchor):
-                network.fold(old, normaliser)
+                if network is not None:
+                    network.fold(old, normaliser)
             for critics in (self.critics, self.target_critics):
-                critics.rescale(self.value_scale / scale)
+                if critics is not None:
+                    critics.rescale(self.value_scale / scale)
         self.mean.copy_(torch.as_tensor(normaliser.mean))
         self.std.copy_(torch.as_tensor(normaliser.std))
         self.value_scale.copy_(scale)
@@ -224,7 +226,8 @@ class Networks(nn.Module):
     def start_from_anchor(self) -> None:
         """Let actor and target actor begin as copies of the anchor: for a learner that comes after the policies of another."""
         for actor in (self.actor, self.target_actor):
-            actor.load_state_dict(self.anchor.state_dict())
+            if actor is not None:
+                actor.load_state_dict(self.anchor.state_dict())
 
     @torch.no_grad()
     def set_static_anchor(self, action: Floats) -> None:

@@ -1,7 +1,7 @@
 """One gradient step of EnhancedRL on plain torch: `update(state, batch)` is the executable specification of learning.
 
-A step is: critics by TD, then the actor with the critics frozen (only the actor's parameters are differentiated), then every
-`soft_update_every` steps the targets. Nothing in a step waits for the device.
+A step is: critics, then the actor with the critics frozen (only the actor's parameters are differentiated), then every
+`soft_update_every` steps the targets, of critics that have them. Nothing in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -259,7 +259,8 @@ def update(state: LearnState, batch: Batch, *, average: Average | None = None) -
     if state.gradient_steps % state.learner.soft_update_every == 0:
         n = state.networks
         for target, network in ((n.target_critics, n.critics), (n.target_actor, n.actor)):
-            losses.soft_update(list(target.parameters()), list(network.parameters()), tau=state.learner.soft_update)
+            if target is not None:
+                losses.soft_update(list(target.parameters()), list(network.parameters()), tau=state.learner.soft_update)
     return UpdateResult(critic_loss, actor_loss, outside, phi_mean, critic_norm, actor_norm)
 
 
@@ -276,7 +277,7 @@ def _critic_losses(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch
     if isinstance(networks.critics, SplitCritics):
         values = _values(networks.critics.rewards, batch.list_numeric, batch.list_categorical)  # (q, m, B, L)
         return reward_losses(values, batch.list_rewards, batch.list_shown), torch.ones_like(batch.bootstrap[0])
-    assert isinstance(networks.target_critics, Critics)
+    assert isinstance(networks.target_critics, Critics) and networks.target_actor is not None
     with torch.no_grad():
         next_actions = networks.target_actor(batch.next_numeric, batch.next_categorical)  # (B, M, A)
         relative = losses.relative_actions(next_actions, batch.next_anchors, bounds)
@@ -300,7 +301,7 @@ def _critic_losses(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def _long_term_step(state: LearnState, batch: Batch, average: Average | None) -> None:
-    """Take a batch into the sums of the long-term effect; solve for it as often as targets move."""
+    """Take a batch into the sums of the long-term effect; solve for it every `soft_update_every` steps."""
     networks, critics, future = state.networks, state.networks.critics, batch.future
     assert isinstance(critics, SplitCritics) and future is not None
     predicted = _values(critics.rewards, batch.list_numeric, batch.list_categorical)

@@ -44,9 +44,9 @@ def _loud(actor: Actor | PleActor) -> None:
     torch.nn.init.normal_(last.weight, 0, 0.3)
 
 
-def _networks() -> Networks:
+def _networks(*, split: bool = False) -> Networks:
     torch.manual_seed(0)
-    return Networks(SPEC, 2, 3, hidden_sizes=(16, 8), embedding_size=5)
+    return Networks(SPEC, 2, 3, hidden_sizes=(16, 8), embedding_size=5, split=split)
 
 
 def _normaliser(seed: int) -> Normaliser:
@@ -141,15 +141,16 @@ def test_numeric_input_on_the_device_equals_numpy() -> None:
 def test_folding_changes_no_function() -> None:
     networks = _networks()
     networks.set_scales(_normaliser(1), np.array([0.5, 2.0], np.float32), fold=False)
-    for actor in (networks.actor, networks.target_actor, networks.anchor):
+    assert networks.target_actor is not None and networks.target_critics is not None
+    actors, ensembles = (networks.actor, networks.target_actor, networks.anchor), (networks.critics, networks.target_critics)
+    for actor in actors:
         _loud(actor)
     states, scores, codes, relative = _inputs()
 
     def outputs() -> list[torch.Tensor]:
         numeric = networks.numeric(states, scores)
-        actions = [actor(numeric, codes) for actor in (networks.actor, networks.target_actor, networks.anchor)]
         scale = networks.value_scale[:, None, None]
-        return actions + [scale * critics(numeric, codes, relative) for critics in (networks.critics, networks.target_critics)]
+        return [actor(numeric, codes) for actor in actors] + [scale * critics(numeric, codes, relative) for critics in ensembles]
 
     before = outputs()
     networks.set_scales(_normaliser(2), np.array([1.5, 0.7], np.float32), fold=True)
@@ -170,7 +171,9 @@ def test_the_anchor_is_the_policy_it_was_made_of() -> None:
     want = policy(raw, codes)
     assert torch.allclose(networks.anchor(networks.numeric(states, scores), codes), want, rtol=1e-5, atol=1e-5)
     networks.start_from_anchor()
-    assert torch.allclose(networks.actor(networks.numeric(states, scores), codes), want, rtol=1e-5, atol=1e-5)
+    for actor in (networks.actor, networks.target_actor):
+        assert actor is not None
+        assert torch.allclose(actor(networks.numeric(states, scores), codes), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.4])
@@ -184,5 +187,23 @@ def test_a_static_anchor_gives_its_action_to_every_pair(value: float) -> None:
 def test_targets_and_anchor_are_not_trained() -> None:
     networks = _networks()
     for frozen in (networks.target_actor, networks.target_critics, networks.anchor):
+        assert frozen is not None
         assert not any(p.requires_grad for p in frozen.parameters())
     assert all(p.requires_grad for p in [*networks.actor.parameters(), *networks.critics.parameters()])
+
+
+def test_with_the_split_critic_there_are_no_targets() -> None:
+    split = _networks(split=True)
+    assert split.target_actor is None and split.target_critics is None
+    assert not any(name.startswith("target") for name in split.state_dict())
+    split.set_scales(_normaliser(1), np.array([0.5, 2.0], np.float32), fold=True)
+    split.start_from_anchor()
+    assert all(torch.equal(p, q) for p, q in zip(split.actor.parameters(), split.anchor.parameters(), strict=True))
+
+
+def test_a_state_with_targets_of_the_split_critic_can_still_be_loaded() -> None:
+    networks = _networks(split=True)
+    state = {name: tensor + 1 for name, tensor in networks.state_dict().items()}
+    targets = {f"target_{name}": tensor for name, tensor in state.items() if name.startswith(("actor", "critics"))}
+    assert not networks.load_state_dict({**state, **targets}, strict=False).missing_keys  # as RLlib loads it
+    assert all(torch.equal(tensor, state[name]) for name, tensor in networks.state_dict().items())

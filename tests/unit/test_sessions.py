@@ -369,26 +369,6 @@ def test_the_watermark_follows_the_slower_topic_and_the_clock_only_at_the_end_of
     assert watermark(200, decisions_at_end=True, feedback_at_end=True) == 195
 
 
-def test_with_a_limit_the_watermark_stops_between_two_lists_that_are_due() -> None:
-    def pushed() -> SessionJoiner:
-        join = SessionJoiner(0, configure(gap_s=None))
-        names = [("a", 0.0), ("b", 0.0), ("c", 0.001), ("d", 3.0)]
-        join.push([(i, decision(*name)) for i, name in enumerate(names)], [(i, feedback(n, "shown", 3)) for i, (n, _) in enumerate(names)])
-        return join
-
-    def advance(join: SessionJoiner, limit: float) -> tuple[list[str], float, bool]:
-        rows = join.advance(clock_ms=T0 + 60_000, decisions_at_end=True, feedback_at_end=True, limit=limit)
-        return [row.step_id for row in rows], (join.watermark_ms - T0) / 1000, join.is_behind
-
-    join = pushed()  # label age 4 s: two are due at 4, one at 4.001, one at 7
-    assert advance(join, 1) == (["a", "b"], 4.0, True)
-    assert advance(join, 1) == (["c"], 4.001, True)
-    assert advance(join, 1) == (["d"], 7.0, True)
-    assert advance(join, 1) == ([], 55.0, False)
-    assert advance(pushed(), 3) == (["a", "b", "c"], 4.001, True)
-    assert advance(pushed(), 5) == (["a", "b", "c", "d"], 55.0, False)
-
-
 def test_dead_letters_are_settled_by_the_worker() -> None:
     join = Join()
     join.joiner.settle("feedback", Bucket.DEAD_LETTER, 3)

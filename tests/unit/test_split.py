@@ -86,21 +86,6 @@ def test_before_it_has_seen_anything_the_long_term_effect_is_0() -> None:
     assert not fitted(torch.ones(4, 3)).any() and fitted.leaving == 0
 
 
-def test_what_a_later_list_pays_is_not_credited_to_this_one() -> None:
-    """Users differ in what they pay, are shown accordingly, and all stay alike: f is 0 for what only tells who the user is."""
-    rng = np.random.default_rng(3)
-    taste = rng.normal(size=5000)
-    effects = np.stack([5 * taste, 0 * taste], 1) + rng.normal(size=(5000, 2))
-    stays = rng.random(5000) < 1 / (1 + np.exp(-1 - 0.5 * effects[:, 1]))
-    fitted = LongTerm(2, 0)
-    ended = torch.from_numpy(~stays).float()
-    known, reward = 1 - ended[:, None], torch.from_numpy(taste).float()
-    ahead = lists_ahead(known, torch.zeros_like(known), ended, torch.tensor(0.3), gamma=0.9).unsqueeze(-1).expand(-1, 2)
-    fitted.add(fitted.sums(torch.from_numpy(effects).float(), torch.zeros(5000, 0), ahead, ended, reward))
-    fitted.solve()
-    assert abs(fitted.weights[0]) < 0.03 * fitted.weights[1]
-
-
 def test_followers_and_their_columns_follow_the_session() -> None:
     following = np.array([2, -2, 3, -1, 1])  # 0 → 2 → 3 → not known; 4 → 1 → the user left
     chain = followers(following, np.array([0, 4, 3]), 3)
