@@ -6,7 +6,8 @@ A fit finds the function f of a pair whose sum over the shown pairs, beside a fu
 that the log holds: by least squares, f linear, or by Adam. f is scored by its correlation with the simulator's true effect on satisfaction
 within pages of other sessions; nothing but the ceiling is fitted to that truth. Returns of later rewards credit a list with who the user
 is: users of high scores are shown high scores, and pay well on the next list too, beyond what user features tell. Whether the user comes
-back depends less on who that is. More lists do not help, since it is no noise. Taking each user's mean out of inputs and targets does.
+back depends less on who that is. More lists do not help, since it is no noise. Taking each user's mean out of inputs and targets does. So
+does the change of upstream scores from the request before a list to the one after it, with the candidates' features held fixed.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from benchmarks.estimators import make_log
 from benchmarks.methods import NUM_STEPS, configure
 from benchmarks.rows import RESULTS, commit
 from benchmarks.timing import Table
-from esrl_ray.config import Config
+from esrl_ray.algo.split import Between, Lists, LongTerm, held_fixed, lists_ahead
+from esrl_ray.config import Config, LearnerConfig
 from esrl_ray.evaluation.frozen import MAX_PAGES, UNSEEN, play
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.policy.policy import Policy
+from esrl_ray.replay.chains import followers
 from esrl_ray.replay.steps import LEFT, Indices
 from esrl_ray.simulation.draws import Doubles
 from esrl_ray.simulation.oracle import PAIRS_PER_PAGE, Recorder, TrueOracle
@@ -42,6 +45,8 @@ WINDOWS, REWARDS, DISCOUNTS, FAR, GAMMA = (1, 3, 6, 12), (1, 6, 12), (0.6, 0.75,
 """Lists of the windows of leaving and of reward; discounts of leaving, which is looked for in `FAR` lists; discount of the return."""
 INPUTS = ("item features, scores", "item features, predicted rewards")
 COLUMNS = (*INPUTS, *(f"{name}; less the user's means" for name in INPUTS))
+CHANGE, HELD = "change of the {} score around the list", "{}, the candidates' features held fixed"
+SPLIT = {"the split critic, from who stays alone": False, "the split critic": True}
 CEILING, BY_ADAM = "the truth itself: the ceiling", ("lists to come, up to 12", "discounted leaving, 0.85")
 KINDS: dict[str, tuple[int, ...]] = {"linear": (), "layers 64, 64": (64, 64)}
 RIDGE = 1.0  # beside sums of squares of thousands of lists: it only keeps the equations solvable
@@ -60,6 +65,10 @@ class Log:
     gains: Doubles  # (pairs,) g, the truth
     request: tuple[int, ...]  # columns of user and context
     inputs: tuple[tuple[int, ...], ...]  # columns of each of `INPUTS`
+    changes: Floats  # (n, F + k) of the candidates' mean inputs, from the request before each list to the one after it; NaN without either
+    items: tuple[int, ...]  # columns of the item's features
+    following: Indices  # (n,)
+    learner: LearnerConfig
 
 
 def look_ahead(following: Indices, rewards: Doubles, horizon: int, *, gamma: float = 1.0) -> tuple[Doubles, Doubles]:
@@ -110,8 +119,22 @@ def make(config: Config, *, lists: int, seed: int, sessions: int, reward_steps: 
     wide, width = range(shown.shape[-1]), y.shape[-1]
     inputs = ((*items, *wide[spec.num_features : -width]), (*items, *wide[-width:]))
     found = targets(steps.following, steps.list_rewards.sum(1).astype(np.float64))
+    means = ((numeric_input(steps.columns["states"], steps.columns["scores"]) - scale.mean) / scale.std).mean(1)  # no list has padding here
+    levels, changes = around(steps.following, means)
+    for number, name in enumerate(spec.scores[:2]):
+        found[f"{name} score of the next request"] = levels[:, spec.num_features + number].astype(np.float64)
+        found[CHANGE.format(name)] = changes[:, spec.num_features + number].astype(np.float64)
     gains = np.concatenate(recorder.targets)[:, 1].astype(np.float64)
-    return Log(shown, steps.users, found, judged, gains, spec.request_inputs, inputs)
+    following = steps.following.copy()
+    return Log(shown, steps.users, found, judged, gains, spec.request_inputs, inputs, changes, items, following, config.learner)
+
+
+def around(following: Indices, means: Floats) -> tuple[Floats, Floats]:
+    """(n, ...) of each list's next request, and its change from the request before the list; NaN where one of them is not there."""
+    before = np.full(len(following), -1)
+    before[following[following >= 0]] = np.flatnonzero(following >= 0)
+    after, earlier = (np.where((at >= 0)[:, None], means[np.maximum(at, 0)], np.nan) for at in (following, before))
+    return after, after - earlier
 
 
 def mlp(*widths: int) -> torch.nn.Sequential:
@@ -132,10 +155,12 @@ def train(nets: Sequence[torch.nn.Module], loss: Loss, num_rows: int, *, steps: 
             schedule.step()
 
 
-def least_squares(log: Log, columns: Sequence[int], y: Doubles, *, within_users: bool) -> Doubles:
-    """f of the judged pairs, in closed form."""
+def least_squares(log: Log, columns: Sequence[int], y: Doubles, *, within_users: bool, held: Floats | None = None) -> Doubles:
+    """f of the judged pairs, in closed form; `held` (n, ...) are further inputs of lists that are held fixed."""
     known = ~np.isnan(y)
     sums, request = log.shown[known][..., columns].sum(1), log.shown[known][:, 0, log.request]
+    if held is not None:
+        request = np.concatenate([request, held[known]], 1)
     a = np.concatenate([sums, request, np.ones((len(sums), 1)), y[known, None]], 1)  # (lists, d + u + 2)
     if within_users:
         totals = np.zeros((log.users.max() + 1, a.shape[1]))
@@ -144,6 +169,27 @@ def least_squares(log: Log, columns: Sequence[int], y: Doubles, *, within_users:
     x, target = a[:, :-1], a[:, -1]
     w = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ target)
     return np.asarray(log.judged[:, columns] @ w[: len(columns)], np.float64)
+
+
+def by_split(log: Log, columns: Sequence[int], *, changes: bool) -> Doubles:
+    """f of the judged pairs as the split critic finds it from all lists at once, with the change of scores or without."""
+    learner, num_lists = log.learner, len(log.following)
+    chain = followers(log.following, np.arange(num_lists), learner.horizon)
+    future = (chain >= 0, (chain >= 0) & (log.following == LEFT)[np.maximum(chain, 0)])
+    known, left = (torch.from_numpy(x.astype(np.float32)) for x in future)
+    ended = torch.from_numpy((log.following == LEFT).astype(np.float32))
+    ahead = [lists_ahead(known, left, ended, ended.mean(), gamma=gamma) for gamma in (learner.effect_gamma, learner.gamma)]
+    effects, request = (torch.from_numpy(x) for x in (log.shown[..., columns].sum(1), log.shown[:, 0, log.request]))
+    there = torch.from_numpy(~np.isnan(log.changes).any(1) & changes).float()
+    moved = torch.from_numpy(np.nan_to_num(log.changes) * there.numpy()[:, None]).float()
+    num_scores = len(log.changes[0]) - len(log.request) - len(log.items)
+    held = held_fixed(moved[:, log.items], request)
+    found = LongTerm(len(columns), len(log.request), held.shape[1], num_scores)
+    lists = Lists(effects, request, torch.stack(ahead, -1), ended, torch.ones_like(ended))
+    between = Between(effects, request, held, moved[:, -num_scores:], there)
+    found.add(found.sums(lists, between))
+    found.solve()
+    return np.asarray(found(torch.from_numpy(log.judged[:, columns])), np.float64)
 
 
 def by_adam(log: Log, columns: Sequence[int], y: Doubles, *, hidden: Sequence[int], steps: int, seed: int) -> Doubles:
@@ -164,14 +210,18 @@ def measure(log: Log, *, adam_steps: int, seed: int) -> dict[str, list[float]]:
     truth, scores = centred(log.gains), defaultdict[str, list[float]](list)
     for within_users, columns in itertools.product((False, True), log.inputs):
         fits = {name: least_squares(log, columns, y, within_users=within_users) for name, y in log.targets.items()}
+        for name in (name for name in log.targets if name.startswith("change")):
+            held = log.changes[:, log.items]
+            fits[HELD.format(name)] = least_squares(log, columns, log.targets[name], within_users=within_users, held=held)
         if not within_users:
+            fits |= {name: by_split(log, columns, changes=changes) for name, changes in SPLIT.items()}
             x = centred(log.judged[:, columns].astype(np.float64))
             fits = {CEILING: x @ np.linalg.lstsq(x, truth, rcond=None)[0]} | fits
             for name, (kind, hidden) in itertools.product(BY_ADAM if adam_steps else (), KINDS.items()):
                 f = by_adam(log, columns, log.targets[name], hidden=hidden, steps=adam_steps, seed=seed)
                 fits[f"{name}, by Adam, {kind}"] = f
         for name, f in fits.items():
-            scores[name].append(float(np.corrcoef(centred(f), truth)[0, 1]))
+            scores[name].append(float(np.corrcoef(centred(f), truth)[0, 1]) if np.ptp(f) else 0.0)  # the split critic may find nothing
     return scores
 
 

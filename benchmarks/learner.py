@@ -61,6 +61,7 @@ def made_up(config: Config, num_steps: int) -> TransitionBatch:
     if h:
         batch["future_known"] = np.ones((num_steps, h), np.float32)
         batch["future_terminated"] = np.zeros((num_steps, h), np.float32)
+        batch["future_inputs"] = normal(spec.num_features + spec.num_scores)
     return batch
 
 

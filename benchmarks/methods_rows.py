@@ -28,6 +28,9 @@ METHODS = {
     "enhancedrl": Variant("enhancedrl", what="this project's default"),
     "enhancedrl-25%": Variant("enhancedrl", SHARED, what="the default, 25 % of users explore, 75 % exploit; learns from all"),
     "enhancedrl-myopic": Variant("enhancedrl", ("learner.long_term_weight=0",), what="ablation: the default without long-term value"),
+    "enhancedrl-lists": Variant(
+        "enhancedrl", ("learner.score_changes=false",), what="ablation: long-term value from who stays alone, without the change of scores"
+    ),
     "enhancedrl-narrow": Variant("enhancedrl", NARROW, what="ablation: the default within the papers' bounds of .15"),
     "enhancedrl-request-noise": Variant("enhancedrl", ("exploration.scope=request",), what="ablation: one noise draw per request"),
     "enhancedrl-ple": Variant("enhancedrl", ("learner.actor=ple",), what="ablation: PLE-like actor"),

@@ -225,7 +225,10 @@ class LearnerConfig(Section):
         lt=1,
         description="Discount of the lists ahead that tell which pairs keep users, about as fast as that effect fades; critic split.",
     )
-    horizon: Positive = Field(10, description="Next lists of the session that are looked at for who stays; critic split [H].")
+    score_changes: bool = Field(
+        True, description="Long-term value is learnt also from how upstream scores change between requests; critic split, horizon above 1."
+    )
+    horizon: Positive = Field(10, description="Next lists of the session that are looked at; critic split [H].")
     level: Literal["pair", "request"] = Field(
         "pair", description="One action per pair (EnhancedRL), or one per request from user and context alone (UnifiedRL)."
     )

@@ -141,6 +141,7 @@ class TransitionBatch(TypedDict):
     terminated: Floats  # (B,) 1 = the user left
     future_known: NotRequired[Floats]  # (B, H) of the next H lists of the session: 1 = that list is here
     future_terminated: NotRequired[Floats]  # (B, H) 1 = the user left after it
+    future_inputs: NotRequired[Floats]  # (B, F + k) means of the second next request's raw inputs over its logged candidates; 0 without
 
 
 def cut_lineage(lineage: Lineage) -> str:

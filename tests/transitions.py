@@ -65,4 +65,6 @@ def make_transitions(
         last = np.arange(horizon) == length[:, None] - 1
         batch["future_known"] = known
         batch["future_terminated"] = (last & (rng.random((num_steps, 1)) < 0.5)).astype(np.float32)
+        batch["future_inputs"] = rng.normal(size=(num_steps, f + k)).astype(np.float32)
+        batch["future_inputs"] *= known[:, 1:2] if horizon > 1 else 0
     return batch

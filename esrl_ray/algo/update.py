@@ -15,9 +15,10 @@ import torch
 
 from esrl_ray.algo import losses
 from esrl_ray.algo.device import compiled, moved, pick_device
+from esrl_ray.algo.future import Future, future_of
 from esrl_ray.algo.losses import Bounds
 from esrl_ray.algo.networks import Critics, Networks, SplitCritics
-from esrl_ray.algo.split import lists_ahead, reward_losses
+from esrl_ray.algo.split import Between, Lists, lists_ahead, reward_losses
 from esrl_ray.config import Config, LearnerConfig
 from esrl_ray.fusion import fused_scores
 from esrl_ray.vocabulary import TransitionBatch
@@ -106,20 +107,6 @@ def make_optimisers(networks: Networks, learner: LearnerConfig) -> tuple[torch.o
 
 
 @dataclass(frozen=True, slots=True)
-class Future:
-    """What came after each list, for the split critic."""
-
-    request: torch.Tensor  # (B, U) numeric inputs of user and context at the list itself, as they were logged
-    known: torch.Tensor  # (B, H) 1 = the session's next list is there, the one after it, ...
-    terminated: torch.Tensor  # (B, H) 1 = the user left after it
-
-    def split(self, num_parts: int) -> list[Future]:
-        """As `Batch.split`."""
-        columns = [getattr(self, f.name).split(len(self.known) // num_parts) for f in fields(self)]
-        return [Future(*part) for part in zip(*columns, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """Transitions as the networks read them; P pairs of a request, L shown ones of its list, M shown ones of the next list, all padded."""
 
@@ -167,10 +154,10 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
         c = request_level(c)
     numeric, categorical = networks.visible(networks.numeric(c["states"], c["scores"]), c["categorical"].long())
     relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
-    future = _future(networks, c) if isinstance(networks.critics, SplitCritics) else None
+    future = None
+    if isinstance(networks.critics, SplitCritics):
+        future = future_of(networks, c, numeric, score_changes=state.learner.score_changes)
     shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
-    if future is not None:  # the split critic needs no next list
-        next_shown = next_shown[:, :0]
     next_states, next_scores, next_codes = (_pick(c[name], next_shown) for name in ("next_states", "next_scores", "next_categorical"))
     next_list, next_codes = networks.visible(networks.numeric(next_states, next_scores), next_codes.long())
     return Batch(
@@ -187,17 +174,11 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
         list_shown=c["shown"].gather(1, shown),
         next_numeric=next_list,
         next_categorical=next_codes,
-        next_anchors=networks.anchor(next_list, next_codes),
+        next_anchors=next_list[..., :0] if future is not None else networks.anchor(next_list, next_codes),  # split: no next action
         next_shown=c["next_shown"].gather(1, next_shown),
         bootstrap=c["has_next"] * (1 - c["terminated"]),
         future=future,
     )
-
-
-def _future(networks: Networks, c: Mapping[str, torch.Tensor]) -> Future:
-    first = c["valid"].argmax(1)  # a real pair: the state of user and context is in all of them
-    states = c["states"][torch.arange(len(first), device=first.device), first]  # (B, F)
-    return Future(states[:, list(networks.spec.request_inputs)], c["future_known"], c["future_terminated"])
 
 
 def request_level(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -304,13 +285,19 @@ def _long_term_step(state: LearnState, batch: Batch, average: Average | None) ->
     """Take a batch into the sums of the long-term effect; solve for it every `soft_update_every` steps."""
     networks, critics, future = state.networks, state.networks.critics, batch.future
     assert isinstance(critics, SplitCritics) and future is not None
-    predicted = _values(critics.rewards, batch.list_numeric, batch.list_categorical)
-    effects = (_effects(networks, batch.list_numeric, predicted) * batch.list_shown.unsqueeze(-1)).sum(1)  # (B, D)
+
+    def effects(numeric: torch.Tensor, categorical: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:  # (B, D)
+        psi = _effects(networks, numeric, _values(critics.rewards, numeric, categorical))
+        return (psi * shown.unsqueeze(-1)).sum(1)
+
     ended = 1 - batch.bootstrap
     leaving, discounts = critics.long_term.leaving, (state.learner.effect_gamma, state.learner.gamma)
     ahead = torch.stack([lists_ahead(future.known, future.terminated, ended, leaving, gamma=gamma) for gamma in discounts], -1)  # (B, 2)
     rewards = batch.list_rewards @ (state.group_weights * networks.value_scale)  # (B, L)
-    sums = critics.long_term.sums(effects, future.request, ahead, ended, (rewards * batch.list_shown).sum(-1))
+    here = effects(batch.list_numeric, batch.list_categorical, batch.list_shown)
+    there = effects(batch.next_numeric, batch.next_categorical, batch.next_shown)
+    lists = Lists(here, future.request, ahead, ended, (rewards * batch.list_shown).sum(-1))
+    sums = critics.long_term.sums(lists, Between(there, future.next_request, future.held, future.score_change, future.change_known))
     if average is not None:
         average(list(sums))
     critics.long_term.add(sums)

@@ -305,5 +305,6 @@ class ReplayBuffer:
         columns["next_shown"] *= has_next[:, None]  # ... shown to nobody
         future = {}
         if self._horizon:
-            future = future_columns(self._terminated, followers(self._next, slots, self._horizon))
+            chain = followers(self._next, slots, self._horizon)
+            future = future_columns(self._terminated, chain, self._storage.columns)
         return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots], **future})

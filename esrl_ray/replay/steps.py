@@ -144,7 +144,7 @@ class Steps:
         )
         if horizon:
             chain = followers(self._keys["following"], steps, horizon)
-            batch.update(cast(TransitionBatch, future_columns(self._keys["following"] == LEFT, chain)))
+            batch.update(cast(TransitionBatch, future_columns(self._keys["following"] == LEFT, chain, c)))
         return batch
 
     def samplable(self) -> Indices:

@@ -8,7 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.credit import BY_ADAM, CEILING, COLUMNS, INPUTS, KINDS, least_squares, look_ahead, make, measure, report, targets
+from benchmarks.credit import (
+    BY_ADAM,
+    CEILING,
+    CHANGE,
+    COLUMNS,
+    HELD,
+    INPUTS,
+    KINDS,
+    SPLIT,
+    around,
+    least_squares,
+    look_ahead,
+    make,
+    measure,
+    report,
+    targets,
+)
 from esrl_ray.config import load_config
 from esrl_ray.replay.steps import CUT, LEFT, UNKNOWN
 
@@ -43,16 +59,23 @@ def test_a_user_who_stays_longer_than_the_windows_has_not_left() -> None:
     assert found["discounted leaving, 0.6"][11] == pytest.approx(-(0.6**19)) and found["discounted leaving, 0.6"][10] == 0
 
 
+def test_the_change_around_a_list_goes_from_the_request_before_it_to_the_one_after() -> None:
+    after, change = around(FOLLOWING, REWARDS[:, None])
+    assert after[:, 0].tolist() == pytest.approx([3, 4, 5, NAN, 7, 8, NAN, NAN], nan_ok=True)
+    assert change[:, 0].tolist() == pytest.approx([NAN, NAN, 5 - 1, NAN, 7 - 3, NAN, NAN, NAN], nan_ok=True)
+
+
 def test_a_tiny_world_has_a_correlation_for_every_fit_and_input() -> None:
     torch.set_num_threads(1)
     world = ["simulation.num_users=100", "simulation.num_items=2000", "exploration.explore_share=1", "exploration.exploit_share=0"]
     log = make(load_config(DEMO, world), lists=4_500, seed=0, sessions=20, reward_steps=5)
     scores = measure(log, adam_steps=3, seed=0)
     by_adam = {f"{name}, by Adam, {kind}" for name in BY_ADAM for kind in KINDS}
-    assert set(scores) == {CEILING, *log.targets, *by_adam}
+    held = {HELD.format(CHANGE.format(score)) for score in ("click", "valid")}
+    assert set(scores) == {CEILING, *log.targets, *held, *SPLIT, *by_adam}
     assert set(measure(log, adam_steps=0, seed=0)) == set(scores) - by_adam
     for name, of in scores.items():
-        assert len(of) == len(COLUMNS if name in log.targets else INPUTS) and np.all(np.abs(of) <= 1), name
+        assert len(of) == len(COLUMNS if name in {*log.targets, *held} else INPUTS) and np.all(np.abs(of) <= 1), name
         if name in log.targets:  # no linear function beats that of the truth
             assert np.all(np.array(of) <= np.tile(scores[CEILING], 2) + 1e-9), name
     shifted = log.users * 7.0  # what is the same for all lists of a user changes nothing, less the user's means

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from esrl_ray.algo.networks import SplitCritics
-from esrl_ray.algo.split import MEMORY, LongTerm, Sums, lists_ahead, reward_losses
+from esrl_ray.algo.split import lists_ahead, reward_losses
 from esrl_ray.algo.update import LearnState, _effects, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
@@ -56,43 +55,20 @@ def test_reward_losses_equal_the_slow_loop() -> None:
             assert float(found[i, n]) == pytest.approx(np.mean(errors))
 
 
-def _sums(fitted: LongTerm, effects: npt.NDArray[np.float64], request: npt.NDArray[np.float64], ahead: npt.NDArray[np.float64]) -> Sums:
-    nothing = torch.zeros(len(ahead))
-    effects_, request_, ahead_ = (torch.from_numpy(x).float() for x in (effects, request, ahead))
-    return fitted.sums(effects_, request_, torch.stack([ahead_, 3 * ahead_], -1), nothing, nothing + 2)
-
-
-def test_the_long_term_effect_is_that_of_least_squares_with_user_and_context_held_fixed() -> None:
-    rng, n, half = np.random.default_rng(2), 40_000, 25_000
-    request = rng.normal(size=(n, 2))
-    effects = 100 + 30 * rng.normal(size=(n, 3)) + 20 * request[:, :1]  # not centred, and correlated with the user
-    effects[:, 2] = 7.0  # never varies
-    ahead = 0.05 * effects[:, 0] - 0.1 * effects[:, 1] + 3 * request[:, 0] + rng.normal(size=n)
-    fitted = LongTerm(3, 2)
-    fitted.add(_sums(fitted, effects[:half], request[:half], ahead[:half]))
-    fitted.add(_sums(fitted, effects[half:], request[half:], ahead[half:]))
-    fitted.solve()
-    weight = np.sqrt(np.where(np.arange(n) < half, 1 - 1 / MEMORY, 1.0))[:, None]  # the first batch is older
-    inputs = np.column_stack([effects[:, :2], request, np.ones(n)])
-    expected = np.linalg.lstsq(inputs * weight, ahead * weight[:, 0], rcond=None)[0][:2]
-    np.testing.assert_allclose(fitted.weights, [*3 * expected, 0], rtol=5e-3)  # far away it is three times as much
-    pairs = torch.from_numpy(effects[:5]).float()
-    np.testing.assert_allclose(fitted(pairs), pairs.numpy() @ fitted.weights.numpy() * 2, rtol=1e-5)  # a list pays 2
-
-
-def test_before_it_has_seen_anything_the_long_term_effect_is_0() -> None:
-    fitted = LongTerm(3, 2)
-    fitted.solve()
-    assert not fitted(torch.ones(4, 3)).any() and fitted.leaving == 0
-
-
 def test_followers_and_their_columns_follow_the_session() -> None:
     following = np.array([2, -2, 3, -1, 1])  # 0 → 2 → 3 → not known; 4 → 1 → the user left
     chain = followers(following, np.array([0, 4, 3]), 3)
     assert chain.tolist() == [[2, 3, -1], [1, -1, -1], [-1, -1, -1]]
-    future = future_columns(following == -2, chain)
+    rng = np.random.default_rng(4)
+    columns = {"states": rng.normal(size=(5, 3, 2)), "scores": rng.uniform(size=(5, 3, 1)), "valid": np.ones((5, 3))}
+    columns["valid"][3, 2] = 0
+    future = future_columns(following == -2, chain, columns)
     assert future["future_known"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
     assert future["future_terminated"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    states, scores = columns["states"][3, :2], columns["scores"][3, :2]  # of the second next of 0; the others have none
+    np.testing.assert_allclose(future["future_inputs"][0], [*states.mean(0), np.log(scores).mean()], rtol=1e-6)
+    assert not future["future_inputs"][1:].any()
+    assert not future_columns(following == -2, chain[:, :1], columns)["future_inputs"].any()
 
 
 def _split(config: Config, **learner: Any) -> Config:
@@ -142,6 +118,32 @@ def test_the_split_critic_finds_the_pair_that_keeps_the_user(config: Config) -> 
         predicted = critics.rewards(batch.numeric.flatten(0, 1), batch.categorical.flatten(0, 1)).unflatten(-1, batch.valid.shape)
         f = critics.long_term(_effects(state.networks, batch.numeric, predicted))
     assert np.corrcoef(f.numpy().ravel(), test["states"][..., column].ravel())[0, 1] > 0.9
+
+
+def test_the_change_of_scores_is_that_of_the_means_over_candidates_around_the_next_list(config: Config) -> None:
+    state = LearnState.create(_split(config), device="cpu")
+    n, t = state.networks, make_transitions(config, 16)
+    width, rng = len(n.mean), np.random.default_rng(5)
+    normaliser = Normaliser(rng.normal(size=width).astype(np.float32), rng.uniform(0.5, 2, width).astype(np.float32))
+    n.set_scales(normaliser, np.ones(config.reward.num_groups, np.float32), fold=True)
+    future, spec = prepare(state, t).future, n.spec
+    assert future is not None and 0 < future.change_known.sum() < 16
+    for row in range(16):
+        known, valid = t["future_known"][row, 1], t["valid"][row] > 0
+        means = np.concatenate([t["states"][row], np.log(t["scores"][row])], -1)[valid].mean(0)
+        change = known * (t["future_inputs"][row] - means)
+        np.testing.assert_allclose(future.held[row, : len(spec.item_inputs)], change[list(spec.item_inputs)], atol=1e-4)
+        np.testing.assert_allclose(future.score_change[row], change[spec.num_features :], atol=1e-4)
+        if t["has_next"][row]:
+            request, columns = t["next_states"][row, t["next_shown"][row].argmax()], list(spec.request_inputs)
+            np.testing.assert_array_equal(future.next_request[row], request[columns])
+            standard = ((request - normaliser.mean[: len(request)]) / normaliser.std[: len(request)])[columns]
+            products = np.outer(change[list(spec.item_inputs)], standard).ravel()
+            np.testing.assert_allclose(future.held[row, len(spec.item_inputs) :], products, atol=1e-3)
+    for without in ({"score_changes": False}, {"horizon": 1}):
+        deployment = _split(config, **without)
+        other = prepare(LearnState.create(deployment, device="cpu"), make_transitions(deployment, 16)).future
+        assert other is not None and not other.change_known.any() and not other.score_change.any()
 
 
 def test_split_with_the_printed_actor_loss_is_refused() -> None:
