@@ -116,6 +116,11 @@ def _check(batch: dict[str, np.ndarray], steps: dict[str, StepRow]) -> None:
             assert batch["next_states"][b, 0, 0] == following.states[0, 0] and batch["next_shown"][b].sum() == following.shown.sum()
         else:
             assert not batch["next_shown"][b].any()
+        second = None if following is None else steps.get(following.next_id or "")
+        assert bool(batch["future_known"][b, 1]) == (second is not None)
+        expected = 0 if second is None or second.states is None else second.states[0, 0]
+        np.testing.assert_allclose(batch["future_inputs"][b, : batch["states"].shape[-1]], expected, rtol=1e-6)
+        assert batch["future_inputs"][b].any() == (second is not None)
 
 
 @pytest.mark.parametrize("seed", range(6))
