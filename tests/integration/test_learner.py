@@ -35,6 +35,7 @@ from esrl_ray.learning.checkpoint import (
     set_aside_other_reward,
 )
 from esrl_ray.learning.feed import BatchFeed, to_multi_agent_batch
+from esrl_ray.learning.learner import DOUBLES
 from esrl_ray.learning.module import EnhancedRLModule
 from esrl_ray.vocabulary import Floats, TransitionBatch
 from tests.step_tables import simulated_steps, step_table
@@ -236,6 +237,19 @@ def test_an_older_state_can_be_set_in_memory() -> None:
     assert_same(parameters(algorithm)[0], before)
     assert algorithm.published()[2] == 8
     assert algorithm.lineage == {"ingest-0": 0}
+    algorithm.stop()
+
+
+def test_sums_of_a_state_that_lacks_some_of_them_start_anew() -> None:
+    config = deployment()
+    algorithm = EnhancedRL.of(config)
+    call(algorithm, config, 0)
+    state = algorithm.get_state()
+    sums = {name for name in parameters(algorithm)[0] if name.split(".")[-1] in {"gram", "moment", "change_gram", "ends"}}
+    assert len(sums) == 4 and all(parameters(algorithm)[0][name].any() for name in sums)
+    del state["learner_group"]["learner"][DOUBLES]["long_term.change_gram"]
+    algorithm.set_state(state)
+    assert not any(parameters(algorithm)[0][name].any() for name in sums)
     algorithm.stop()
 
 
