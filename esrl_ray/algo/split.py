@@ -9,10 +9,10 @@ value network or not, credits the list with it, and more data does not help (doc
 
 Two things that follow tell the effect. Whether the user comes back for another list: hardly biased, but rare. And how upstream scores
 change from the request before a list to the one after it: an upstream model that sees the session expects less of a user who is annoyed, of
-all the next candidates, after every list. Their level is who the user is and their mix is which candidates came; from the change, with the
-candidates' features held fixed, both are gone. The list's own request is left out on purpose: its scores chose the list. Scores are
-surrogates here as in Athey, Chetty, Imbens and Kang (2019): who stays decides which of them count and how much, and whether they tell all
-(`LongTerm`). A difference that users bring into a session and keep through it is not told apart from none: what f says of inputs that
+all the next candidates, after every list. Their level is who the user is and their mix is which candidates came; of their change, with the
+candidates' features held fixed, hardly anything is either. The list's own request is left out on purpose: its scores chose the list. Scores
+are surrogates here as in Athey, Chetty, Imbens and Kang (2019): who stays decides which of them count and how much, and whether they tell
+all (`LongTerm`). A difference that users bring into a session and keep through it is not told apart from none: what f says of inputs that
 follow the user is too small then.
 
 Not by gradient steps: f is a small difference in a noisy number. A network fits the noise, and even a linear f by Adam loses a fifth of
@@ -153,7 +153,7 @@ class LongTerm(nn.Module):
     chi^2 is what a solution explains, over the variance of y, times the number of different lists: replay gives each many times, and the
     more of a batch are equal, the fewer there are.
 
-    Everything is in units of the log, not of the normaliser, so that neither a new one nor new value scales change anything.
+    All but the products of `held_fixed` is in units of the log, not of the normaliser: neither a new one nor new value scales change f.
 
     Args:
         num_effects: D, width of psi.
