@@ -16,7 +16,7 @@ import msgspec
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 
 from esrl_ray.config import Config
-from esrl_ray.errors import LoopError
+from esrl_ray.errors import LearnersLost, LoopError
 from esrl_ray.learning.algorithm import EnhancedRL
 
 PROGRESS_FILE = "progress.json"
@@ -42,7 +42,11 @@ class Progress(msgspec.Struct):
 
 
 def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> Path:
-    """Write a checkpoint into a temporary folder, rename it, and delete all but the newest `KEPT`."""
+    """Write a checkpoint into a temporary folder, rename it, and delete all but the newest `KEPT`.
+
+    Raises:
+        LearnersLost: the learner died meanwhile: RLlib saves without it, and says nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*"):
         shutil.rmtree(leftover)
@@ -50,6 +54,8 @@ def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> 
     final = folder / f"{(numbers[-1] if numbers else 0) + 1:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     algorithm.save_to_path(str(temporary))
+    if not _has_learner(temporary):
+        raise LearnersLost("a checkpoint was written without the learner's state", str(temporary), "rebuild from the newest checkpoint")
     (temporary / PROGRESS_FILE).write_bytes(msgspec.json.encode(progress))
     temporary.rename(final)
     for number in numbers[: 1 - KEPT]:
@@ -69,6 +75,8 @@ def restore_checkpoint(algorithm: EnhancedRL, folder: Path, config: Config) -> P
         path = folder / f"{number:08d}"
         try:
             progress = msgspec.json.decode((path / PROGRESS_FILE).read_bytes(), type=Progress)
+            if not _has_learner(path):  # restoring it would cost the learner, without an error here
+                raise FileNotFoundError("the learner's state")
             if progress.spec_digest != spec_digest:
                 raise LoopError(
                     f"a checkpoint is for spec {progress.spec_digest}, this deployment's is {spec_digest}", str(path), "use another run.dir"
@@ -116,6 +124,10 @@ def _read_progress(checkpoint: Path) -> Progress | None:
 def module_folder(checkpoint: Path) -> Path:
     """The module in a checkpoint: `RLModule.from_checkpoint(path, inference_only=True)` builds what decides from it."""
     return checkpoint.joinpath(COMPONENT_LEARNER_GROUP, COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID)
+
+
+def _has_learner(checkpoint: Path) -> bool:
+    return any(checkpoint.joinpath(COMPONENT_LEARNER_GROUP, COMPONENT_LEARNER).glob("state.*"))
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import ray
 import torch
 from ray import tune
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch
@@ -24,7 +26,7 @@ from ray.tune.schedulers import ASHAScheduler
 from esrl_ray.actors import NAMESPACE
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import ConfigError, LoopError
+from esrl_ray.errors import ConfigError, LearnersLost, LoopError
 from esrl_ray.learning.algorithm import EnhancedRL, EnhancedRLConfig, learner_results
 from esrl_ray.learning.checkpoint import (
     PROGRESS_FILE,
@@ -299,6 +301,23 @@ def test_the_newest_whole_checkpoint_is_used_and_two_are_kept(tmp_path: Path) ->
         file.write_bytes(b"damaged")
     with pytest.raises(LoopError, match="none of 2 checkpoints"):
         restore_checkpoint(algorithm, tmp_path, config)
+    algorithm.stop()
+
+
+def test_a_checkpoint_without_the_learner_is_neither_written_nor_read(tmp_path: Path) -> None:
+    config = deployment(1)
+    algorithm = EnhancedRL.of(config)
+    progress = Progress(config.spec.build().digest, config.reward.digest)
+    for number in range(2):
+        call_apart(algorithm, config, number)
+        save_checkpoint(algorithm, tmp_path, progress)
+    (tmp_path / "00000002" / "learner_group" / "learner" / "state.pkl").unlink()
+    assert restore_checkpoint(algorithm, tmp_path, config) is not None and algorithm.published()[2] == 8
+    (pid,) = algorithm.each_learner(lambda _: os.getpid())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises((LearnersLost, RayError)):
+        save_checkpoint(algorithm, tmp_path, progress)
+    assert sorted(p.name for p in tmp_path.glob("0*")) == ["00000001", "00000002"]
     algorithm.stop()
 
 
