@@ -281,9 +281,8 @@ def _equations(gram: torch.Tensor, moment: torch.Tensor, square: torch.Tensor, n
     variance = covariance.diagonal()
     std = torch.where((variance > 1e-10 * mean.square()) & (variance > 0), variance.clamp_min(0.0).sqrt(), torch.inf)
     cross = (moment[:-1] / count - torch.outer(mean, mean_target)) / std.unsqueeze(-1)
-    matrix = covariance / torch.outer(std, std) + torch.eye(len(std), dtype=std.dtype, device=std.device) * (len(std) / count).clamp_min(
-        RIDGE
-    )
+    ridge = torch.eye(len(std), dtype=std.dtype, device=std.device) * (len(std) / count).clamp_min(RIDGE)
+    matrix = covariance / torch.outer(std, std) + ridge
     others, cross_others = matrix[:num, num:], cross[num:]
     by_others = _solve(matrix[num:, num:], torch.cat([others.T, cross_others], -1))
     explained = others @ by_others

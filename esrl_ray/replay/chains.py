@@ -45,8 +45,7 @@ def future_columns(terminated: npt.NDArray[Any], chain: Indices, columns: Mappin
     inputs = np.zeros((len(chain), columns["states"].shape[-1] + columns["scores"].shape[-1]), np.float32)
     if chain.shape[1] > 1:
         states, scores, valid = (columns[name][there[:, 1]] for name in ("states", "scores", "valid"))
-        share = (known[:, 1:2] * valid / np.maximum(valid.sum(1, keepdims=True), 1))[
-            :, None
-        ]  # (B, 1, G): means as products, without copies
+        count = np.maximum(valid.sum(1, keepdims=True), 1)
+        share = (known[:, 1:2] * valid / count)[:, None]  # (B, 1, G): means as products, without copies
         inputs = np.concatenate([(share @ values)[:, 0] for values in (states, np.log(np.maximum(scores, MIN_SCORE)))], -1)
     return {"future_known": known, "future_terminated": terminated[there].astype(np.float32) * known, "future_inputs": inputs}
