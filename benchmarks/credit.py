@@ -30,7 +30,7 @@ from benchmarks.estimators import make_log
 from benchmarks.methods import NUM_STEPS, configure
 from benchmarks.rows import RESULTS, commit
 from benchmarks.timing import Table
-from esrl_ray.algo.split import Between, Lists, LongTerm, held_fixed, lists_ahead
+from esrl_ray.algo.split import Between, Lists, LongTerm, held_fixed, lists_ahead, products
 from esrl_ray.config import Config, LearnerConfig
 from esrl_ray.evaluation.frozen import MAX_PAGES, UNSEEN, play
 from esrl_ray.normaliser import Normaliser, numeric_input
@@ -50,7 +50,7 @@ SPLIT = {"the split critic, from who stays alone": False, "the split critic": Tr
 CEILING, BY_ADAM = "the truth itself: the ceiling", ("lists to come, up to 12", "discounted leaving, 0.85")
 KINDS: dict[str, tuple[int, ...]] = {"linear": (), "layers 64, 64": (64, 64)}
 RIDGE = 1.0  # beside sums of squares of thousands of lists: it only keeps the equations solvable
-SESSIONS, REWARD_STEPS = 600, 3_000
+SESSIONS, REWARD_STEPS, BATCH = 600, 3_000, 500
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -65,7 +65,8 @@ class Log:
     gains: Doubles  # (pairs,) g, the truth
     request: tuple[int, ...]  # columns of user and context
     inputs: tuple[tuple[int, ...], ...]  # columns of each of `INPUTS`
-    changes: Floats  # (n, F + k) of the candidates' mean inputs, from the request before each list to the one after it; NaN without either
+    means: Floats  # (n, F + k) of the inputs over the candidates of each request, standardised as those of pairs
+    changes: Floats  # (n, F + k) of these, from the request before each list to the one after it; NaN without either
     items: tuple[int, ...]  # columns of the item's features
     following: Indices  # (n,)
     learner: LearnerConfig
@@ -119,14 +120,14 @@ def make(config: Config, *, lists: int, seed: int, sessions: int, reward_steps: 
     wide, width = range(shown.shape[-1]), y.shape[-1]
     inputs = ((*items, *wide[spec.num_features : -width]), (*items, *wide[-width:]))
     found = targets(steps.following, steps.list_rewards.sum(1).astype(np.float64))
-    means = ((numeric_input(steps.columns["states"], steps.columns["scores"]) - scale.mean) / scale.std).mean(1)  # no list has padding here
+    means: Floats = (steps.columns["candidate_means"] - scale.mean) / scale.std
     levels, changes = around(steps.following, means)
     for number, name in enumerate(spec.scores[:2]):
         found[f"{name} score of the next request"] = levels[:, spec.num_features + number].astype(np.float64)
         found[CHANGE.format(name)] = changes[:, spec.num_features + number].astype(np.float64)
     gains = np.concatenate(recorder.targets)[:, 1].astype(np.float64)
     following = steps.following.copy()
-    return Log(shown, steps.users, found, judged, gains, spec.request_inputs, inputs, changes, items, following, config.learner)
+    return Log(shown, steps.users, found, judged, gains, spec.request_inputs, inputs, means, changes, items, following, config.learner)
 
 
 def around(following: Indices, means: Floats) -> tuple[Floats, Floats]:
@@ -183,11 +184,12 @@ def by_split(log: Log, columns: Sequence[int], *, changes: bool) -> Doubles:
     there = torch.from_numpy(~np.isnan(log.changes).any(1) & changes).float()
     moved = torch.from_numpy(np.nan_to_num(log.changes) * there.numpy()[:, None]).float()
     num_scores = len(log.changes[0]) - len(log.request) - len(log.items)
-    held = held_fixed(moved[:, log.items], request)
-    found = LongTerm(len(columns), len(log.request), held.shape[1], num_scores)
-    lists = Lists(effects, request, torch.stack(ahead, -1), ended, torch.ones_like(ended))
+    held, given = held_fixed(moved[:, log.items], request), torch.cat([torch.from_numpy(log.means), products(request)], -1)
+    found = LongTerm(len(columns), given.shape[1], len(log.request), held.shape[1], num_scores)
+    lists = Lists(effects, given, torch.zeros(num_lists), torch.stack(ahead, -1), ended, torch.ones_like(ended))
     between = Between(effects, request, held, moved[:, -num_scores:], there)
-    found.add(found.sums(lists, between))
+    for part in torch.from_numpy(np.arange(num_lists)).chunk(num_lists // BATCH + 1):
+        found.add(found.sums(Lists(*(x[part] for x in lists)), Between(*(x[part] for x in between))))
     found.solve()
     return np.asarray(found(torch.from_numpy(log.judged[:, columns])), np.float64)
 

@@ -27,7 +27,7 @@ FEEDBACK_PER_DECISION = 8
 EVENTS_PER_S = 2_000
 """Of event time: what a worker reads in a second is then many seconds of traffic, as after a pause."""
 ACTIONS = ("click", "watch_s", "like", "comment", "forward", "dislike")
-ARRAYS = ("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores")
+ARRAYS = ("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores", "candidate_means")
 
 
 def deployment(num_features: int, kafka: KafkaConfig | None = None) -> Config:
@@ -86,6 +86,7 @@ def _decisions(config: Config, count: int, start_ms: int, rng: np.random.Generat
             actions=actions.tobytes(),
             anchor_actions=actions.tobytes(),
             fused_scores=fused.tobytes(),
+            candidate_means=np.concatenate([states[0], scores[0]]).tobytes(),
         )
 
 

@@ -61,7 +61,9 @@ def made_up(config: Config, num_steps: int) -> TransitionBatch:
     if h:
         batch["future_known"] = np.ones((num_steps, h), np.float32)
         batch["future_terminated"] = np.zeros((num_steps, h), np.float32)
-        batch["future_inputs"] = normal(spec.num_features + spec.num_scores)
+        batch["future_change"] = normal(spec.num_features + spec.num_scores)
+        batch["candidate_means"] = normal(spec.num_features + spec.num_scores)
+        batch["cohort"] = rng.integers(0, 3, num_steps).astype(np.int32)
     return batch
 
 

@@ -52,7 +52,7 @@ def rows(n: int, config: Config, count: int = 20, pairs: int = 3) -> pa.Table:
                 ended=Ended.TERMINATED, item_ids=tuple(map(str, range(pairs))), positions=np.arange(pairs, dtype=np.int32),
                 states=numbers(spec.num_features), categorical=np.zeros((pairs, spec.num_categorical), np.int32),
                 scores=numbers(spec.num_scores), actions=numbers(spec.num_actions), anchor_actions=numbers(spec.num_actions),
-                fused_scores=numbers(1)[:, 0],
+                fused_scores=numbers(1)[:, 0], candidate_means=np.ones(spec.num_features + spec.num_scores, np.float32),
             )
             for i in range(count)
         ]

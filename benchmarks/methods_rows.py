@@ -20,8 +20,8 @@ SHARED = ("exploration.explore_share=0.25", "exploration.exploit_share=0.75")
 NARROW = ("exploration.low=-0.15", "exploration.high=0.15")
 """The papers' bounds: what the others were tuned with."""
 
-PUBLISHED = (*NARROW, "learner.gamma=0.9", "learner.critics_per_group=2", "learner.actor_lr=3e-4")
-"""Bounds and discount of the papers; two critics of each group, because more change nothing here, and the rate that worked with them."""
+PUBLISHED = (*NARROW, "learner.gamma=0.9", "learner.critics_per_group=2", "learner.actor_lr=3e-4", "learner.temperature=0.3")
+"""Bounds and discount of the papers; two critics of each group, because more change nothing here; rate and temperature that worked."""
 
 METHODS = {
     CONTROL: Variant("static", what="control: hand-made weights"),
@@ -44,7 +44,9 @@ METHODS = {
     "cma-es": Variant("cma-es", what="one global vector, CMA-ES"),
     "optuna": Variant("optuna", what="one global vector, Optuna (TPE)"),
     "supervised": Variant("supervised", NARROW, what="per-item reward predictor, ranks past the formula"),
-    "supervised-weights": Variant("supervised-weights", NARROW, what="per-pair weights by a supervised listwise loss"),
+    "supervised-weights": Variant(
+        "supervised-weights", (*NARROW, "learner.temperature=0.3"), what="per-pair weights by a supervised listwise loss"
+    ),
     "td3": Variant("td3", NARROW, what="one action per request"),
     "td3-bc": Variant("td3-bc", NARROW, what="TD3 with behaviour cloning"),
     "batchrl-mtf": Variant("batchrl-mtf", NARROW, what="BCQ with a VAE, one action per request; its last round, which is not its best"),

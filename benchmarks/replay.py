@@ -64,6 +64,7 @@ def make_rows(config: Config, num_steps: int) -> list[StepRow]:
                 actions=draw(spec.num_actions),
                 anchor_actions=draw(spec.num_actions),
                 fused_scores=draw(1)[:, 0],
+                candidate_means=np.ones(spec.num_features + spec.num_scores, np.float32),
             )
         )
     return rows

@@ -20,6 +20,21 @@ def numeric_input(states: Floats, scores: Floats) -> Floats:
     return np.concatenate([states, np.log(np.maximum(scores, MIN_SCORE))], axis=-1)
 
 
+def mean_input(states: Floats, scores: Floats, valid: Floats) -> Floats:
+    """Means of the raw numeric input over the valid pairs of each list.
+
+    Args:
+        states: (B, G, F).
+        scores: (B, G, k).
+        valid: (B, G) 1 = a real pair.
+
+    Returns:
+        (B, F + k).
+    """
+    share = (valid / np.maximum(valid.sum(1, keepdims=True), 1))[:, None]  # (B, 1, G): means as products, without copies
+    return np.concatenate([(share @ values)[:, 0] for values in (states, np.log(np.maximum(scores, MIN_SCORE)))], -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Normaliser:
     """`x = (raw - mean) / std` for each of the F + k numeric inputs."""

@@ -120,6 +120,7 @@ class StepRow(msgspec.Struct, frozen=True, eq=False, gc=False):
     actions: Floats | None = None  # (G, A)
     anchor_actions: Floats | None = None  # (G, A)
     fused_scores: Floats | None = None  # (G,)
+    candidate_means: Floats | None = None  # (F + k,) of the numeric input over all candidates; None also where the decision had none
 
 
 class TransitionBatch(TypedDict):
@@ -139,9 +140,11 @@ class TransitionBatch(TypedDict):
     next_shown: Floats  # (B, G)
     has_next: Floats  # (B,) 1 = bootstrap from the next list; 0 = terminated or truncated without one
     terminated: Floats  # (B,) 1 = the user left
+    candidate_means: NotRequired[Floats]  # (B, F + k) of the raw numeric input over the request's candidates
+    cohort: NotRequired[Ints]  # (B,) lists of one round and arm have one number
     future_known: NotRequired[Floats]  # (B, H) of the next H lists of the session: 1 = that list is here
     future_terminated: NotRequired[Floats]  # (B, H) 1 = the user left after it
-    future_inputs: NotRequired[Floats]  # (B, F + k) means of the second next request's raw inputs over its logged candidates; 0 without
+    future_change: NotRequired[Floats]  # (B, F + k) of the candidates' mean raw inputs, from this request to the second next; 0 without
 
 
 def cut_lineage(lineage: Lineage) -> str:

@@ -25,6 +25,7 @@ import torch
 from esrl_ray.config import Config
 from esrl_ray.exploration import arm_of, exploration_noise, hash64, splitmix64
 from esrl_ray.fusion import fused_scores
+from esrl_ray.normaliser import numeric_input
 from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.policy.store import PolicySnapshot
 from esrl_ray.secret import pseudonym
@@ -141,6 +142,7 @@ def decide(parsed: Parsed, served: Served, config: Config, *, decision_id: str, 
         actions=_bytes(actions[logged]),
         anchor_actions=_bytes(anchored),
         fused_scores=_bytes(fused[logged]),
+        candidate_means=_bytes(numeric_input(parsed.states, parsed.scores).mean(0)),
     )
     return reply, decision
 

@@ -39,6 +39,7 @@ class Bulk(TypedDict, total=False):
     actions: Floats  # (G, A)
     anchor_actions: Floats  # (G, A)
     fused_scores: Floats  # (G,)
+    candidate_means: Floats | None  # (F + k,)
 
 
 class OpenStep(msgspec.Struct, array_like=True, eq=False, gc=False):
@@ -286,6 +287,7 @@ def bulk_of(decoded: DecodedDecision) -> Bulk:
         "actions": decoded.actions,
         "anchor_actions": decoded.anchor_actions,
         "fused_scores": decoded.fused_scores,
+        "candidate_means": decoded.candidate_means,
     }
 
 

@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, Field, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import DeltaError
 
 from esrl_ray.config import LogConfig
@@ -113,6 +113,9 @@ class StepLog:
                 schema = step_schema().append(pa.field(DATE, pa.string()))
                 DeltaTable.create(self._where, schema=schema, mode="ignore", partition_by=[DATE], configuration=wanted)
             self._table = DeltaTable(self._where)
+            there = {field.name for field in self._table.schema().fields}
+            if newer := [Field.from_arrow(field) for field in step_schema() if field.name not in there]:
+                self._table.alter.add_columns(newer)
             if self._table.metadata().configuration != wanted:
                 self._table.alter.set_table_properties(wanted)
             self._alive = sign_of_life(self._where)

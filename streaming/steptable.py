@@ -16,6 +16,8 @@ _TEXTS = ("step_id", "session_id", "user_id", "arm", "ended")
 _INTS = ("revision", "index", "partition", "round", "num_candidates")
 _LONGS = ("offset", "event_time_ms", "closed_ms", "policy_version")
 _SMALL = {"shown": pa.bool_(), "behaviours": pa.float32(), "rewards": pa.float32()}
+MEANS = "candidate_means"
+"""Of a step, not of its pairs; null where its decision had none, as in logs that are older than the column."""
 _BULKY = {
     "positions": pa.int32(),
     "states": pa.float32(),
@@ -24,6 +26,7 @@ _BULKY = {
     "actions": pa.float32(),
     "anchor_actions": pa.float32(),
     "fused_scores": pa.float32(),
+    MEANS: pa.float32(),
 }
 BULKY = ("item_ids", *_BULKY)
 """Columns that only the first row of a step fills."""
@@ -96,16 +99,19 @@ def check_widths(table: pa.Table, spec: Spec) -> None:
         "anchor_actions": spec.num_actions,
         "rewards": int(_lengths(table["rewards"])[0]) // max(int(pairs[0]), 1),
         "behaviours": int(_lengths(table["behaviours"])[0]) // max(int(pairs[0]), 1),
+        MEANS: spec.num_features + spec.num_scores,
     }
     for name, width in widths.items():
         lengths = _lengths(table[name])
         expected = np.where(whole, pairs * width, _NULL) if name in BULKY else pairs * width
+        if name == MEANS:
+            expected = np.where(whole & (lengths != _NULL), width, _NULL)
         wrong = (lengths != expected) | (pairs < 1)
         if wrong.any():
             i = int(np.flatnonzero(wrong)[0])
             step, kind = table["step_id"][i].as_py(), "first row" if whole[i] else "amendment"
             found = "null" if lengths[i] == _NULL else f"{lengths[i]} values"
-            wanted = "null" if expected[i] == _NULL else f"{pairs[i]} pairs x {width}"
+            wanted = "null" if expected[i] == _NULL else str(width) if name == MEANS else f"{pairs[i]} pairs x {width}"
             raise LogError(f"{name} of step {step} ({kind}) has {found}, expected {wanted}")
 
 
@@ -140,10 +146,10 @@ def merge_steps(rows: pa.Table) -> pa.Table:
 
 def _take(column: pa.ChunkedArray, index: np.ndarray) -> pa.Array | pa.ChunkedArray:
     """Rows of a column by number. For lists through their values: pyarrow 26's own `take` of lists needs several times as long."""
-    if not pa.types.is_list(column.type):
+    if not pa.types.is_list(column.type) or column.null_count:
         return column.take(pa.array(index))
     lists = column.combine_chunks()
-    starts, lengths = lists.offsets.to_numpy()[:-1][index], _lengths(lists)[index]  # those that are taken are never null
+    starts, lengths = lists.offsets.to_numpy()[:-1][index], _lengths(lists)[index]
     ends = np.cumsum(lengths)
     width = int(lengths[0]) if len(lengths) else 0
     even = width > 0 and (lengths == width).all() and not len(lists.values) % width and not (starts % width).any()

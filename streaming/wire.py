@@ -26,7 +26,8 @@ MAX_ID_BYTES, MAX_EVENT_BYTES, MAX_PAIRS = 128, 4 * 2**20, 1_000
 SHORT = MAX_ID_BYTES // 4
 """Text of at most so many characters cannot have too many bytes: most ids need no closer look."""
 FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")
-_FLOATS = ("states", "scores", "actions", "anchor_actions", "fused_scores")
+_FLOATS: tuple[str, ...] = ("states", "scores", "actions", "anchor_actions", "fused_scores")
+_ALL_FLOATS = (*_FLOATS, "candidate_means")
 
 Array = bytes | list[float | list[float]]
 Code = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
@@ -72,6 +73,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     actions: Array  # (G, A) float32
     anchor_actions: Array  # (G, A) float32
     fused_scores: Array  # (G,) float32
+    candidate_means: Array | None = None  # (F + k,) float32, of states and log scores over all candidates; None: not told
 
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -100,6 +102,7 @@ class DecodedDecision(msgspec.Struct, frozen=True, eq=False, gc=False):
     actions: Floats  # (G, A)
     anchor_actions: Floats  # (G, A)
     fused_scores: Floats  # (G,)
+    candidate_means: Floats | None = None  # (F + k,)
 
 
 _decision_decoders: dict[bytes, Any] = {MSGPACK: msgspec.msgpack.Decoder(Decision).decode, JSON: msgspec.json.Decoder(Decision).decode}
@@ -218,27 +221,27 @@ def decode_decision(payload: bytes | None, spec: Spec, content_type: bytes = JSO
             f"{g} item_ids ({len(set(item_ids))} different) with {len(event.positions)} positions, expected 1 to {MAX_PAIRS} of each",
             Refusal.WRONG_WIDTH,
         )
-    shapes = ((g, spec.num_features), (g, k), (g, a), (g, a), (g,))
-    given = (event.states, event.scores, event.actions, event.anchor_actions, event.fused_scores, event.categorical)
-    packed = (*map(_packed, given, shapes, _FLOATS), _packed(event.categorical, (g, spec.num_categorical), "categorical", "i"))
+    shapes: list[tuple[int, ...]] = [(g, spec.num_features), (g, k), (g, a), (g, a), (g,)]
+    given: list[Array | Codes] = [event.states, event.scores, event.actions, event.anchor_actions, event.fused_scores]
+    names = _FLOATS
+    if event.candidate_means is not None:
+        names = _ALL_FLOATS
+        shapes.append((spec.num_features + k,))
+        given.append(event.candidate_means)
+    given.append(event.categorical)
+    packed = [*map(_packed, given, shapes, names), _packed(event.categorical, (g, spec.num_categorical), "categorical", "i")]
     if packed != given:  # lists of Python's numbers take eight times the memory
-        event = msgspec.structs.replace(event, **dict(zip((*_FLOATS, "categorical"), packed, strict=True)))
+        event = msgspec.structs.replace(event, **dict(zip((*names, "categorical"), packed, strict=True)))
     floats = np.frombuffer(b"".join(packed[:-1]), FLOAT)
     if not np.isfinite(floats).all():
-        wrong = [name for name, values in zip(_FLOATS, packed, strict=False) if not np.isfinite(np.frombuffer(values, FLOAT)).all()]
+        wrong = [name for name, values in zip(names, packed, strict=False) if not np.isfinite(np.frombuffer(values, FLOAT)).all()]
         raise WireError(f"{wrong[0]} holds a value that is not finite", Refusal.NOT_FINITE)
     ends = list(accumulate(map(math.prod, shapes)))
-    states, scores, actions, anchor_actions, fused_scores = (
-        floats[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)
-    )
+    arrays = [floats[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
     decoded = DecodedDecision(
         event=event,
-        states=states,
         categorical=np.frombuffer(packed[-1], INT).reshape(g, spec.num_categorical),
-        scores=scores,
-        actions=actions,
-        anchor_actions=anchor_actions,
-        fused_scores=fused_scores,
+        **dict(zip(names, arrays, strict=True)),
     )
     for c, feature in enumerate(spec.categorical_features):
         codes = decoded.categorical[:, c]

@@ -59,6 +59,7 @@ def step_table(steps: Steps) -> pa.Table:
                 actions=c["actions"][i],
                 anchor_actions=c["anchor_actions"][i],
                 fused_scores=np.zeros(c["shown"].shape[1], np.float32),
+                candidate_means=c["candidate_means"][i],
             )
             for i in range(len(steps))
         ]

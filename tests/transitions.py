@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from esrl_ray.config import Config
+from esrl_ray.normaliser import mean_input
 from esrl_ray.vocabulary import TransitionBatch
 
 
@@ -18,8 +19,8 @@ def make_transitions(
         num_steps: B.
         seed: Of everything.
         list_size: Shown pairs of every list; by default 1 to the configured size.
-        horizon: H > 0 adds the `future_*` columns: sessions that end, by the user or unknown, after up to H lists; by default
-            as the configuration needs.
+        horizon: H > 0 adds what long-term value needs: sessions that end, by the user or unknown, after up to H lists; by default as the
+            configuration needs.
     """
     horizon = config.learner.num_future if horizon is None else horizon
     spec, rng, g = config.spec.build(), np.random.default_rng(seed), config.max_pairs
@@ -65,6 +66,8 @@ def make_transitions(
         last = np.arange(horizon) == length[:, None] - 1
         batch["future_known"] = known
         batch["future_terminated"] = (last & (rng.random((num_steps, 1)) < 0.5)).astype(np.float32)
-        batch["future_inputs"] = rng.normal(size=(num_steps, f + k)).astype(np.float32)
-        batch["future_inputs"] *= known[:, 1:2] if horizon > 1 else 0
+        batch["future_change"] = rng.normal(size=(num_steps, f + k)).astype(np.float32)
+        batch["future_change"] *= known[:, 1:2] if horizon > 1 else 0
+        batch["candidate_means"] = mean_input(batch["states"], batch["scores"], valid)
+        batch["cohort"] = rng.integers(0, 3, num_steps).astype(np.int32)
     return batch

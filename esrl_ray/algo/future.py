@@ -8,19 +8,20 @@ from dataclasses import dataclass, fields
 import torch
 
 from esrl_ray.algo.networks import Networks
-from esrl_ray.algo.split import held_fixed
+from esrl_ray.algo.split import held_fixed, products
 
 
 @dataclass(frozen=True, slots=True)
 class Future:
     """What came after each list, for the split critic."""
 
-    request: torch.Tensor  # (B, U) numeric inputs of user and context at the list itself, as they were logged
+    given: torch.Tensor  # (B, F + k + products) what was there before the list itself was chosen: means over its candidates, `products`
+    cohort: torch.Tensor  # (B,) lists of one round and arm have one number
     known: torch.Tensor  # (B, H) 1 = the session's next list is there, the one after it, ...
     terminated: torch.Tensor  # (B, H) 1 = the user left after it
     next_request: torch.Tensor  # (B, U) at the next list
     held: torch.Tensor  # (B, W) `held_fixed`, of this request and the second next
-    score_change: torch.Tensor  # (B, k) of the logged candidates' mean log scores, from this request to the second next
+    score_change: torch.Tensor  # (B, k) of the candidates' mean log scores, from this request to the second next
     change_known: torch.Tensor  # (B,) 1 = the second next request is there
 
     def split(self, num_parts: int) -> list[Future]:
@@ -29,25 +30,22 @@ class Future:
         return [Future(*part) for part in zip(*columns, strict=True)]
 
 
-def future_of(networks: Networks, c: Mapping[str, torch.Tensor], numeric: torch.Tensor, *, score_changes: bool) -> Future:
+def future_of(networks: Networks, c: Mapping[str, torch.Tensor], *, score_changes: bool) -> Future:
     """What came after the lists of a batch.
 
     Args:
         networks: Give normaliser and spec.
         c: Columns of a `TransitionBatch` on the device.
-        numeric: (B, P, F + k) their normalised input.
         score_changes: Whether to look at the second next request.
     """
-    rows, valid = torch.arange(len(numeric), device=numeric.device), c["valid"].unsqueeze(-1)
-
-    def request(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (B, U) of a real pair: user and context are in all of them
-        return networks.request_features(states[rows, mask.argmax(1)])
-
-    before = (numeric * valid).sum(1) / valid.sum(1).clamp_min(1.0)
-    after = (c["future_inputs"] - networks.mean) / networks.std
+    spec, change = networks.spec, c["future_change"]
     known = c["future_known"][:, 1] if score_changes and c["future_known"].shape[1] > 1 else torch.zeros_like(c["has_next"])
-    items, scores = (known.unsqueeze(-1) * (raw(after) - raw(before)) for raw in (networks.item_features, networks.log_scores))
-    following = request(c["next_states"], c["next_shown"])
+    users, items = len(spec.user_features), len(spec.item_features)
+    change = known.unsqueeze(-1) * change
+    rows, any_shown = torch.arange(len(change), device=change.device), c["next_shown"].argmax(1)
+    following = networks.request_features(c["next_states"][rows, any_shown])  # user and context are in all pairs
     mean, std = (networks.request_features(scale) for scale in (networks.mean, networks.std))
-    held = held_fixed(items, (following - mean) / std)
-    return Future(request(c["states"], c["valid"]), c["future_known"], c["future_terminated"], following, held, scores, known)
+    held = held_fixed(change[:, users : users + items], (following - mean) / std)
+    scaled = networks.request_features((c["candidate_means"] - networks.mean) / networks.std)
+    given = torch.cat([c["candidate_means"], products(scaled)], -1)
+    return Future(given, c["cohort"], c["future_known"], c["future_terminated"], following, held, change[:, spec.num_features :], known)

@@ -15,7 +15,7 @@ from torch import nn
 
 from esrl_ray.algo.actor import ActorShape, Level, folded, make_actor, uniform_
 from esrl_ray.algo.ensemble import ensemble
-from esrl_ray.algo.split import LongTerm, num_held
+from esrl_ray.algo.split import LongTerm, num_held, num_products
 from esrl_ray.normaliser import MIN_SCORE, Normaliser
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Floats
@@ -101,7 +101,8 @@ class SplitCritics(nn.Module):
             spec, num_groups, critics_per_group, hidden_sizes=hidden_sizes, embedding_size=embedding_size, actions=False
         )
         items, request = len(spec.item_inputs), len(spec.request_inputs)
-        self.long_term = LongTerm(items + num_groups, request, num_held(items, request), spec.num_scores)  # f
+        given = spec.num_features + spec.num_scores + num_products(request)
+        self.long_term = LongTerm(items + num_groups, given, request, num_held(items, request), spec.num_scores)  # f
 
     def fold(self, old: Normaliser, new: Normaliser) -> None:
         """As `Critics.fold`."""
@@ -178,12 +179,6 @@ class Networks(nn.Module):
         """Numeric features of user and context (..., U) of states (..., F or more); slices, as above."""
         user, item = len(self.spec.user_features), len(self.spec.item_features)
         return torch.cat([states[..., :user], states[..., user + item : self.spec.num_features]], -1)
-
-    def log_scores(self, numeric: torch.Tensor) -> torch.Tensor:
-        """The logarithms of the scores in normalised input (..., F + k), as they were."""
-        f = self.spec.num_features
-        before: torch.Tensor = numeric[..., f:] * self.std[f:] + self.mean[f:]
-        return before
 
     def visible(self, numeric: torch.Tensor, categorical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (..., F + k) and codes (..., C) as all networks see them: at the level of requests without those of the item."""

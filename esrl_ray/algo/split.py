@@ -23,7 +23,7 @@ and the predicted rewards, and its normal equations are summed up over batches.
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ MEMORY = 2000
 RIDGE = 1e-4
 """Of the solution, on inputs of standard deviation 1; with few lists it is their number of inputs over the number of draws."""
 MAX_PRODUCTS = 256
-"""Products of item and request features that are held fixed beside the features; with more there are none."""
+"""Of features with features that are held fixed beside the features; with more there are none."""
 CHANCE = 0.01
 """That a score counts although none reacts to the session."""
 SWEEPS, SCORE_RIDGE = 40, 0.05
@@ -101,11 +101,25 @@ def held_fixed(items: torch.Tensor, request: torch.Tensor) -> torch.Tensor:
     return torch.cat([items, products], -1) if products.shape[1] <= MAX_PRODUCTS else items
 
 
+def num_products(num_request: int) -> int:
+    """Width of `products`."""
+    num = num_request * (num_request + 1) // 2
+    return num if num <= MAX_PRODUCTS else 0
+
+
+def products(request: torch.Tensor) -> torch.Tensor:
+    """Each of U features about 0 and 1 with itself and the others (B, U (U + 1) / 2); up to `MAX_PRODUCTS` of them, else none (B, 0)."""
+    i, j = torch.triu_indices(request.shape[1], request.shape[1], device=request.device)
+    wide = request[:, i] * request[:, j]
+    return wide if wide.shape[1] <= MAX_PRODUCTS else wide[:, :0]
+
+
 class Lists(NamedTuple):
     """Of B lists, what is fitted to who stays."""
 
     effects: torch.Tensor  # (B, D) psi summed over the shown pairs
-    request: torch.Tensor  # (B, U) numeric inputs of user and context
+    given: torch.Tensor  # (B, C) what was there before the list was chosen, and may tell who stays
+    cohort: torch.Tensor  # (B,) lists of one round and arm have one number
     ahead: torch.Tensor  # (B, 2) `lists_ahead` with the discount `effect_gamma`, and with `gamma`
     ended: torch.Tensor  # (B,) 1 = the user left after the list
     reward: torch.Tensor  # (B,) of the list
@@ -122,11 +136,11 @@ class Between(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What least squares and the averages need, summed over lists. V = D + U + 1, V' = V + W."""
+    """What least squares and the averages need, summed over lists. V = D + C + 1, V' = D + U + W + 1."""
 
-    gram: torch.Tensor  # (V, V) of inputs: effects of the shown pairs, the request, 1
-    moment: torch.Tensor  # (V, 2) inputs times lists ahead, near and far
-    square: torch.Tensor  # (2,) lists ahead squared
+    gram: torch.Tensor  # (V, V) of inputs: effects of the shown pairs, what was given, 1; all but 1 less their mean in the batch's cohort
+    moment: torch.Tensor  # (V, 2) inputs times lists ahead, near and far, those less their mean too
+    square: torch.Tensor  # (2,) lists ahead squared, as above
     change_gram: torch.Tensor  # (V', V') of inputs: effects, the request, what is held fixed, 1
     change_moment: torch.Tensor  # (V', k) inputs times the change of the scores
     change_square: torch.Tensor  # (k,) that change squared
@@ -139,7 +153,7 @@ class Sums(NamedTuple):
 class LongTerm(nn.Module):
     """f of a pair, `w psi(s)` times the mean reward of a list, from the sums over all batches.
 
-    Three fits by least squares over lists, each `sum_j w psi(s_j) + v u + c ~ y` with u the request:
+    Three fits by least squares over lists, each `sum_j w psi(s_j) + v u + c ~ y`, u what is held fixed:
 
     1. y = the change of each score's mean logarithm from the request before the list to the one after it, the candidates' features held
        fixed: k directions. A score counts if the chi^2 of its direction exceeds the quantile that one of k exceeds by chance in
@@ -150,6 +164,10 @@ class LongTerm(nn.Module):
        is that of James and Stein (1961), 4 times as strong: lists of a session share one end, and w_l is not quite free of who the user is.
     3. y = lists ahead with the discount `learner.gamma`: the length of w.
 
+    In 1, u is the request. In 2 and 3 it is all that was there before the list was chosen (features of user and context, their products,
+    the candidates' mean features and log scores), and only lists of one round and arm are compared: a policy that keeps users keeps them
+    in a good mood, in which they would stay for any list, and a list of a later round would be credited with what the lists around it did.
+
     chi^2 is what a solution explains, over the variance of y, times the number of different lists: replay gives each many times, and the
     more of a batch are equal, the fewer there are.
 
@@ -157,6 +175,7 @@ class LongTerm(nn.Module):
 
     Args:
         num_effects: D, width of psi.
+        num_given: C.
         num_request: U, numeric inputs of user and context.
         num_held: W.
         num_scores: k.
@@ -174,13 +193,12 @@ class LongTerm(nn.Module):
     equal: torch.Tensor
     weights: torch.Tensor
 
-    def __init__(self, num_effects: int, num_request: int, num_held: int, num_scores: int) -> None:
+    def __init__(self, num_effects: int, num_given: int, num_request: int, num_held: int, num_scores: int) -> None:
         super().__init__()
         # chi^2 with D degrees of freedom (Wilson and Hilferty), for one of k scores
         spread = 2 / (9 * num_effects)
         self._quantile = num_effects * (1 - spread + NormalDist().inv_cdf(1 - CHANCE / num_scores) * spread**0.5) ** 3
-        width = num_effects + num_request + 1
-        wide = width + num_held
+        width, wide = num_effects + num_given + 1, num_effects + num_request + num_held + 1
         shapes = {
             "gram": (width, width),
             "moment": (width, 2),
@@ -197,6 +215,12 @@ class LongTerm(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("weights", torch.zeros(num_effects))
 
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *arguments: Any) -> None:
+        """Sums of an older version, which have other shapes, are not taken: these start anew, w stays until there is a new one."""
+        if any(state_dict[prefix + name].shape != getattr(self, name).shape for name in Sums._fields if prefix + name in state_dict):
+            state_dict.update({prefix + name: torch.zeros_like(getattr(self, name)) for name in Sums._fields})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     @property
     def leaving(self) -> torch.Tensor:
         """() share of lists after which the user leaves; 0 before there was a list."""
@@ -209,10 +233,11 @@ class LongTerm(nn.Module):
     def sums(self, lists: Lists, between: Between) -> Sums:
         """The sums of a batch."""
         num_lists, one = len(lists.ended), torch.ones_like(lists.ended).unsqueeze(-1)
-        key = (lists.effects.sum(-1) + lists.request.sum(-1)).sort().values
-        inputs = torch.cat([lists.effects, lists.request, one], -1).double()
+        key = (lists.effects.sum(-1) + lists.given.sum(-1)).sort().values
+        inputs = torch.cat([_centred(torch.cat([lists.effects, lists.given], -1), lists.cohort), one], -1)
+        ahead = _centred(lists.ahead, lists.cohort)
         changed = torch.cat([between.effects, between.request, between.held, one], -1).double() * between.known.unsqueeze(-1)
-        ahead, scores = lists.ahead.double(), between.scores.double()
+        scores = between.scores.double()
         return Sums(
             inputs.T @ inputs,
             inputs.T @ ahead,
@@ -264,6 +289,16 @@ class _Equations(NamedTuple):
         """(t,) of solutions (D, t), if all lists were different."""
         explained: torch.Tensor = (found * (self.matrix @ found)).sum(0)
         return (self.num_lists * explained / self.variance).clamp_min(1e-12)
+
+
+def _centred(x: torch.Tensor, cohort: torch.Tensor) -> torch.Tensor:
+    """(B, n) less its mean over the rows of the same cohort (B,), in float64: what is the same for all of them becomes 0 exactly."""
+    cohorts, order = cohort.sort()
+    number = torch.zeros_like(order)
+    number[order[1:]] = (cohorts[1:] != cohorts[:-1]).long().cumsum(0)
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], -1).double()
+    sums = torch.zeros_like(rows).index_add_(0, number, rows)[number]  # without `unique`, which waits for the device
+    return rows[:, :-1] - sums[:, :-1] / sums[:, -1:]
 
 
 def _equations(gram: torch.Tensor, moment: torch.Tensor, square: torch.Tensor, num: int) -> _Equations:

@@ -156,7 +156,7 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
     relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
     future = None
     if isinstance(networks.critics, SplitCritics):
-        future = future_of(networks, c, numeric, score_changes=state.learner.score_changes)
+        future = future_of(networks, c, score_changes=state.learner.score_changes)
     shown, next_shown = _shown_first(c["shown"]), _shown_first(c["next_shown"])
     next_states, next_scores, next_codes = (_pick(c[name], next_shown) for name in ("next_states", "next_scores", "next_categorical"))
     next_list, next_codes = networks.visible(networks.numeric(next_states, next_scores), next_codes.long())
@@ -296,7 +296,7 @@ def _long_term_step(state: LearnState, batch: Batch, average: Average | None) ->
     rewards = batch.list_rewards @ (state.group_weights * networks.value_scale)  # (B, L)
     here = effects(batch.list_numeric, batch.list_categorical, batch.list_shown)
     there = effects(batch.next_numeric, batch.next_categorical, batch.next_shown)
-    lists = Lists(here, future.request, ahead, ended, (rewards * batch.list_shown).sum(-1))
+    lists = Lists(here, future.given, future.cohort, ahead, ended, (rewards * batch.list_shown).sum(-1))
     sums = critics.long_term.sums(lists, Between(there, future.next_request, future.held, future.score_change, future.change_known))
     if average is not None:
         average(list(sums))

@@ -15,7 +15,7 @@ from esrl_ray.cli.log import parse_as_of
 from esrl_ray.config import Config
 from esrl_ray.errors import InputDataError, LogError, SpecMismatch
 from esrl_ray.evaluation.second_tier import Rule, held_out_rows
-from esrl_ray.replay.logged import logged_steps
+from esrl_ray.replay.logged import logged_steps, with_means
 from esrl_ray.replay.steps import Steps
 from streaming.recompute import check_rewards
 from streaming.steplog import last_commits, list_workers, read_steps
@@ -124,6 +124,7 @@ def _read_parquet(path: str) -> pa.Table:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputDataError(f"not Parquet: {str(error).splitlines()[0]}", path, _WHAT) from error
+    table = with_means(table)
     names = table.column_names
     whole = [name for name in step_schema().names if name not in names] == [] and len(table) > 0
     if whole and (table["states"].null_count or pc.count_distinct(table["step_id"]).as_py() < len(table)):

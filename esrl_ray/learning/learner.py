@@ -118,8 +118,9 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
         super().set_state(state)
         self.learn_state.gradient_steps = state.get(GRADIENT_STEPS, self.learn_state.gradient_steps)
         doubles, saved = self._doubles(), state.get(DOUBLES, {})
-        for name, buffer in doubles.items():  # sums of an older state lack some of each other: they start anew
-            buffer.copy_(torch.as_tensor(saved[name])) if doubles.keys() <= saved.keys() else buffer.zero_()
+        same = all(name in saved and saved[name].shape == buffer.shape for name, buffer in doubles.items())
+        for name, buffer in doubles.items():  # sums of an older state lack some of each other, or have other shapes: they start anew
+            buffer.copy_(torch.as_tensor(saved[name])) if same else buffer.zero_()
 
     def _doubles(self) -> dict[str, torch.Tensor]:
         return {name: buffer for name, buffer in self._networks.critics.named_buffers() if buffer.dtype == torch.float64}

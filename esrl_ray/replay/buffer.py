@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from esrl_ray.config import Config
 from esrl_ray.errors import LogError
 from esrl_ray.exploration import is_held_out
-from esrl_ray.replay.chains import followers, future_columns
+from esrl_ray.replay.chains import cohorts, followers, long_term_columns
 from esrl_ray.replay.limiter import Limiter
 from esrl_ray.replay.sampler import Sampler
 from esrl_ray.replay.storage import Storage
-from esrl_ray.vocabulary import Ended, Floats, TransitionBatch
+from esrl_ray.vocabulary import Arm, Ended, Floats, TransitionBatch
 
 ReadLog = Callable[[str, int], Iterable[tuple[int, pa.Table]]]
 """(worker, after this commit) -> commits in order."""
@@ -66,6 +66,7 @@ class ReplayBuffer:
         self._next_ids: list[str | None] = [None] * replay.capacity  # of the steps that wait
         self._terminated = np.zeros(replay.capacity, np.float32)
         self._held_out = np.zeros(replay.capacity, np.bool_)
+        self._cohorts = np.zeros(replay.capacity, np.int32)
         self._revisions = np.full(replay.capacity, -1, np.int32)
         self._next = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the next list, while both are here
         self._previous = np.full(replay.capacity, _NO_SLOT, np.int64)  # slot of the step that has this one as its next list
@@ -172,10 +173,12 @@ class ReplayBuffer:
         new = {ids[i]: i for i in reversed(range(len(ids))) if whole[i] and ids[i] not in self._slots}  # the first of each
         order = list(reversed(new.values()))
         aside = self._aside(rows)
+        cohort = cohorts(rows["round"].to_numpy(), pc.index_in(rows["arm"], pa.array(list(Arm), pa.string())).to_numpy())
         for start in range(0, len(order), self._capacity):
             chunk = order[start : start + self._capacity]
             slots = [self._claim(ids[i]) for i in chunk]
             self._storage.write(np.array(slots, np.int64), rows, np.array(chunk, np.int64))
+            self._cohorts[slots] = cohort[chunk]
             for i, slot in zip(chunk, slots, strict=True):
                 self._revisions[slot], self._held_out[slot] = revisions[i], aside[i]
                 self._follow(slot, next_ids[i], Ended(ended[i]))
@@ -303,8 +306,8 @@ class ReplayBuffer:
         wanted = {name: (name, slots) for name in _NOW} | {f"next_{name}": (name, following) for name in _NEXT}
         columns = self._storage.take(wanted)
         columns["next_shown"] *= has_next[:, None]  # ... shown to nobody
-        future = {}
+        more = {}
         if self._horizon:
-            chain = followers(self._next, slots, self._horizon)
-            future = future_columns(self._terminated, chain, self._storage.columns)
-        return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots], **future})
+            chain, means = followers(self._next, slots, self._horizon), self._storage.columns["candidate_means"]
+            more = long_term_columns(self._terminated, slots, chain, means=means, cohorts=self._cohorts)
+        return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots], **more})

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from esrl_ray.normaliser import MIN_SCORE
-from esrl_ray.vocabulary import Floats
+from esrl_ray.vocabulary import Arm, Floats, Ints
 
 Indices = npt.NDArray[np.int64]
 
@@ -33,19 +31,31 @@ def followers(following: Indices, steps: Indices, horizon: int) -> Indices:
     return chain
 
 
-def future_columns(terminated: npt.NDArray[Any], chain: Indices, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Floats]:
-    """The `future_*` columns of a `TransitionBatch`.
+def cohorts(rounds: npt.NDArray[Any], arms: npt.NDArray[Any]) -> Ints:
+    """(n,) a number for each (round, index of the arm): lists of one number were served by one policy, or by policies of one round."""
+    numbers: Ints = (rounds * len(Arm) + arms).astype(np.int32)
+    return numbers
+
+
+def long_term_columns(
+    terminated: npt.NDArray[Any], steps: Indices, chain: Indices, *, means: Floats, cohorts: Ints
+) -> dict[str, npt.NDArray[Any]]:
+    """The columns of a `TransitionBatch` that only long-term value needs.
 
     Args:
         terminated: (n,) whether the user left after a step.
+        steps: (B,) numbers of the steps themselves.
         chain: (B, H) from `followers`.
-        columns: Of n steps: `states`, `scores` and `valid`, (n, G, ...) each.
+        means: (n, F + k) of each request's raw inputs over its candidates.
+        cohorts: (n,) as above.
     """
     there, known = np.maximum(chain, 0), (chain >= 0).astype(np.float32)
-    inputs = np.zeros((len(chain), columns["states"].shape[-1] + columns["scores"].shape[-1]), np.float32)
-    if chain.shape[1] > 1:
-        states, scores, valid = (columns[name][there[:, 1]] for name in ("states", "scores", "valid"))
-        count = np.maximum(valid.sum(1, keepdims=True), 1)
-        share = (known[:, 1:2] * valid / count)[:, None]  # (B, 1, G): means as products, without copies
-        inputs = np.concatenate([(share @ values)[:, 0] for values in (states, np.log(np.maximum(scores, MIN_SCORE)))], -1)
-    return {"future_known": known, "future_terminated": terminated[there].astype(np.float32) * known, "future_inputs": inputs}
+    second = known[:, 1:2] if chain.shape[1] > 1 else np.zeros((len(chain), 1), np.float32)
+    here = means[steps]
+    return {
+        "candidate_means": here,
+        "cohort": cohorts[steps],
+        "future_known": known,
+        "future_terminated": terminated[there].astype(np.float32) * known,
+        "future_change": second * (means[there[:, min(1, chain.shape[1] - 1)]] - here),
+    }

@@ -30,6 +30,7 @@ def logged_steps(table: pa.Table, config: Config, where: str) -> Steps:
     """
     if not len(table):
         raise InputDataError("there are no steps in it", where, "give a log that has some")
+    table = with_means(table)
     _check_columns(table, config, where)
     times = table["event_time_ms"].to_numpy()
     if (np.diff(times) < 0).any():
@@ -37,6 +38,13 @@ def logged_steps(table: pa.Table, config: Config, where: str) -> Steps:
     steps = Steps.from_table(table, config)
     _check_values(steps, config, where)
     return steps
+
+
+def with_means(table: pa.Table) -> pa.Table:
+    """With the column of the candidates' means, nulls if it is not there: logs of before it are read as well."""
+    if "candidate_means" in table.column_names:
+        return table
+    return table.append_column("candidate_means", pa.nulls(len(table), pa.list_(pa.float32())))
 
 
 def _check_columns(table: pa.Table, config: Config, where: str) -> None:
@@ -67,11 +75,11 @@ def _check_columns(table: pa.Table, config: Config, where: str) -> None:
     for name, known in (("arm", set(Arm)), ("ended", set(Ended))):
         if odd := set(pc.unique(table[name]).to_pylist()) - {str(k) for k in known}:
             raise InputDataError(f"column {name!r} holds {sorted(odd)[0]!r}, expected one of {sorted(known)}", where)
-    for name in widths:
+    for name in (*widths, "candidate_means"):
         kind = table[name].type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _fits(name, kind.value_type):
             raise InputDataError(f"column {name!r} is {kind}, expected a list of {_expected(name)}", where)
-        if nulls := table[name].null_count:
+        if name in widths and (nulls := table[name].null_count):
             text = f"column {name!r} is null in {nulls} of {len(table)} rows: those are later revisions of a step"
             raise InputDataError(text, where, "merge revisions first, as `esrl train --log FOLDER` does")
     pairs = _lengths(table["shown"])
@@ -82,6 +90,9 @@ def _check_columns(table: pa.Table, config: Config, where: str) -> None:
             i = int(wrong[0])
             found = f"{name} of step {table['step_id'][i]} has {_lengths(table[name])[i]} values for {pairs[i]} pairs"
             raise InputDataError(f"{found}, expected {width} per pair ({key})", where, _SAME)
+    means, width = table["candidate_means"].drop_null(), spec.num_features + spec.num_scores
+    if (wrong := _lengths(means)[_lengths(means) != width]).size:
+        raise InputDataError(f"candidate_means of a step has {wrong[0]} values, expected {width} (spec features and scores)", where, _SAME)
 
 
 def _check_values(steps: Steps, config: Config, where: str) -> None:
@@ -91,9 +102,9 @@ def _check_values(steps: Steps, config: Config, where: str) -> None:
         if codes.min() < 0 or codes.max() >= feature.cardinality:
             odd = codes.min() if codes.min() < 0 else codes.max()
             raise InputDataError(f"code {odd} of feature {feature.name!r} is not in 0..{feature.cardinality - 1}", where, _SAME)
-    for name in ("states", "scores", "actions", "anchor_actions", "rewards"):
-        if not np.isfinite(column := steps.columns[name]).all():
-            raise InputDataError(f"{name} of {(~np.isfinite(column)).any((1, 2)).sum()} steps are not finite numbers", where)
+    for name in ("states", "scores", "actions", "anchor_actions", "rewards", "candidate_means"):
+        if not (finite := np.isfinite(steps.columns[name])).all():
+            raise InputDataError(f"{name} of {(~finite.reshape(len(steps), -1)).any(1).sum()} steps are not finite numbers", where)
 
 
 def _expected(name: str) -> str:

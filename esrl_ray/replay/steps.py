@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esrl_ray.config import Config
-from esrl_ray.replay.chains import followers, future_columns
+from esrl_ray.normaliser import mean_input
+from esrl_ray.replay.chains import cohorts, followers, long_term_columns
 from esrl_ray.replay.storage import Storage
 from esrl_ray.vocabulary import Arm, Ended, Floats, TransitionBatch
 
@@ -28,7 +29,7 @@ class Steps:
 
     Attributes:
         columns: states (n, G, F), categorical (n, G, C), scores (n, G, k), actions and anchor_actions (n, G, A), rewards (n, G, q),
-            behaviours (n, G, num_behaviours), shown and valid (n, G); padding is 0 (scores 1).
+            behaviours (n, G, num_behaviours), shown and valid (n, G); padding is 0 (scores 1). candidate_means (n, F + k).
         following: (n,) the number of the next step of the session, or UNKNOWN, LEFT, CUT.
         sessions: (n,) number of the session.
         users: (n,) number of the user.
@@ -94,7 +95,7 @@ class Steps:
 
         Args:
             keys: `sessions`, `users`, `rounds`, `arms`, each (m,) or one number.
-            columns: All of `columns`, (m, G, ...) each.
+            columns: All of `columns`, (m, G, ...) each; without `candidate_means` those are of the pairs.
 
         Returns:
             (m,) their numbers.
@@ -106,6 +107,8 @@ class Steps:
         numbers = np.arange(self._size, self._size + count)
         if self._size + count > len(self._keys["users"]):
             raise ValueError(f"{self._size} steps and {count} more exceed the capacity of {len(self._keys['users'])}")
+        if "candidate_means" not in columns:
+            self._columns["candidate_means"][numbers] = mean_input(*(columns[name] for name in ("states", "scores", "valid")))
         for name, column in columns.items():
             self._columns[name][numbers] = column
         for name, key in keys.items():
@@ -122,7 +125,7 @@ class Steps:
 
         Args:
             steps: Numbers.
-            horizon: H > 0 adds the `future_*` columns.
+            horizon: H > 0 adds what long-term value needs.
         """
         c, following = self._columns, self._keys["following"][steps]
         has_next, after = (following >= 0).astype(np.float32), np.maximum(following, 0)
@@ -144,7 +147,9 @@ class Steps:
         )
         if horizon:
             chain = followers(self._keys["following"], steps, horizon)
-            batch.update(cast(TransitionBatch, future_columns(self._keys["following"] == LEFT, chain, c)))
+            left, cohort = self._keys["following"] == LEFT, cohorts(self._keys["rounds"], self._keys["arms"])
+            more = long_term_columns(left, steps, chain, means=c["candidate_means"], cohorts=cohort)
+            batch.update(cast(TransitionBatch, more))
         return batch
 
     def samplable(self) -> Indices:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esrl_ray.errors import LogError
+from esrl_ray.normaliser import mean_input
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Bools
 
@@ -33,6 +34,8 @@ def widths(spec: Spec, num_groups: int) -> dict[str, tuple[int, type[np.float32]
 class Storage:
     """Columns of `capacity` steps. Padding pairs hold 0, their scores 1, their `valid` 0.
 
+    `candidate_means` (capacity, F + k) is of steps, not of pairs: over all candidates as the log has it, else over the pairs that are kept.
+
     Args:
         spec: Widths.
         num_groups: q.
@@ -42,8 +45,11 @@ class Storage:
 
     def __init__(self, spec: Spec, *, num_groups: int, capacity: int, max_pairs: int) -> None:
         self._max_pairs = max_pairs
-        self.columns = {name: np.zeros((capacity, max_pairs, width), kind) for name, (width, kind) in widths(spec, num_groups).items()}
+        self.columns: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros((capacity, max_pairs, width), kind) for name, (width, kind) in widths(spec, num_groups).items()
+        }
         self.columns |= {name: np.zeros((capacity, max_pairs), np.float32) for name in ("shown", "valid")}
+        self.columns["candidate_means"] = np.zeros((capacity, spec.num_features + spec.num_scores), np.float32)
         self.num_pairs = np.zeros(capacity, np.int64)  # pairs of the step as logged, also those cut off
         self.kept = np.zeros((capacity, max_pairs), np.int16)  # which logged pair stands in each place
         self.num_cut_pairs = 0
@@ -75,6 +81,8 @@ class Storage:
         self.kept[target] = within[taken]
         padded = slots[pairs < self._max_pairs]
         for name, column in self.columns.items():
+            if name == "candidate_means":
+                continue
             column[padded] = 1 if name == "scores" else 0
             if name == "valid":
                 column[target] = 1
@@ -82,6 +90,16 @@ class Storage:
                 column[target] = shown[taken]
             elif width := column.shape[2]:
                 column[target] = _chosen(_flat(rows, name).reshape(-1, width), (source if name == "rewards" else bulky)[taken])
+        self._write_means(slots, rows, chosen)
+
+    def _write_means(self, slots: Slots, rows: pa.Table, chosen: Slots) -> None:
+        """Of the chosen rows, whose pairs are here by now."""
+        means, there = self.columns["candidate_means"], rows["candidate_means"].is_valid().to_numpy()
+        given = there[chosen]
+        means[slots[given]] = _flat(rows, "candidate_means").reshape(-1, means.shape[1])[(np.cumsum(there) - 1)[chosen[given]]]
+        if not given.all():
+            old = slots[~given]
+            means[old] = mean_input(*(self.columns[name][old] for name in ("states", "scores", "valid")))
 
     def amend(self, slots: Slots, rows: pa.Table, chosen: Slots) -> None:
         """Set the absolute rewards and shown masks of later revisions.

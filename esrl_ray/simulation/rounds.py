@@ -12,6 +12,7 @@ from esrl_ray.config import Config
 from esrl_ray.exploration import arm_of
 from esrl_ray.fusion import fused_scores
 from esrl_ray.methods.method import Exploration, Method
+from esrl_ray.normaliser import numeric_input
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import ARMS, LEFT, UNKNOWN, Indices, Steps
 from esrl_ray.reward import rewards_of
@@ -101,6 +102,7 @@ class SimulatedTraffic:
                 "rewards": rewards_of(behaviours, config.reward) * shown[..., None],
                 "shown": shown,
                 "valid": np.ones_like(shown),
+                "candidate_means": numeric_input(states, page.scores).mean(1),
             },
         )
         return numbers, left

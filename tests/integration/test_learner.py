@@ -19,6 +19,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch
 from ray.tune.schedulers import ASHAScheduler
@@ -242,7 +243,7 @@ def test_an_older_state_can_be_set_in_memory() -> None:
     algorithm.stop()
 
 
-def test_sums_of_a_state_that_lacks_some_of_them_start_anew() -> None:
+def test_sums_of_a_state_that_lacks_some_of_them_or_has_other_shapes_start_anew() -> None:
     config = deployment()
     algorithm = EnhancedRL.of(config)
     call(algorithm, config, 0)
@@ -250,6 +251,13 @@ def test_sums_of_a_state_that_lacks_some_of_them_start_anew() -> None:
     sums = {name for name in parameters(algorithm)[0] if name.split(".")[-1] in {"gram", "moment", "change_gram", "ends"}}
     assert len(sums) == 4 and all(parameters(algorithm)[0][name].any() for name in sums)
     del state["learner_group"]["learner"][DOUBLES]["long_term.change_gram"]
+    algorithm.set_state(state)
+    assert not any(parameters(algorithm)[0][name].any() for name in sums)
+    call(algorithm, config, 0)
+    state = algorithm.get_state()
+    module, doubles = state["learner_group"]["learner"]["rl_module"][DEFAULT_MODULE_ID], state["learner_group"]["learner"][DOUBLES]
+    (name,) = (name for name in module if name.endswith("long_term.gram"))
+    module[name], doubles["long_term.gram"] = module[name][1:, 1:], doubles["long_term.gram"][1:, 1:]  # as before there were more inputs
     algorithm.set_state(state)
     assert not any(parameters(algorithm)[0][name].any() for name in sums)
     algorithm.stop()

@@ -150,6 +150,14 @@ def test_the_unshown_are_drawn_uniformly_from_all_that_are_not_shown() -> None:
     assert chi2 < 39.3  # 0.1 % quantile of 16 degrees of freedom; draws without replacement vary less
 
 
+def test_a_decision_tells_the_means_over_all_its_candidates() -> None:
+    request = parsed(USERS[Arm.EXPLOIT])
+    _, decoded = made(request, served())
+    expected = np.concatenate([request.states, np.log(request.scores)], 1).mean(0)
+    assert len(decoded.states) < len(request.states) and decoded.candidate_means is not None
+    np.testing.assert_allclose(decoded.candidate_means, expected, rtol=1e-5)
+
+
 def test_a_decision_depends_on_its_arguments_only() -> None:
     for arm in Arm:
         request, policies = parsed(USERS[arm]), served()

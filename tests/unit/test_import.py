@@ -57,7 +57,8 @@ def wire(event: DecodedDecision | Feedback) -> Row:
     if isinstance(event, Feedback):
         return dict(msgspec.to_builtins(event))
     arrays = {
-        name: getattr(event, name).tolist() for name in ("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores")
+        name: getattr(event, name).tolist()
+        for name in ("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores", "candidate_means")
     }
     return {**{f: getattr(event.event, f) for f in event.event.__struct_fields__}, **arrays}
 

@@ -11,15 +11,30 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
-from esrl_ray.algo.split import MAX_PRODUCTS, MEMORY, SCORE_RIDGE, Between, Lists, LongTerm, Sums, _nonnegative, held_fixed, num_held
+from esrl_ray.algo.split import (
+    MAX_PRODUCTS,
+    MEMORY,
+    SCORE_RIDGE,
+    Between,
+    Lists,
+    LongTerm,
+    Sums,
+    _nonnegative,
+    held_fixed,
+    num_held,
+    num_products,
+    products,
+)
 
 Doubles = npt.NDArray[np.float64]
 
 
-def _lists(effects: Doubles, request: Doubles, ahead: Doubles) -> Lists:
+def _lists(effects: Doubles, given: Doubles, ahead: Doubles, cohort: npt.NDArray[np.int64] | None = None) -> Lists:
     """Lists that pay 2 each; far away there are three times as many ahead."""
-    effects_, request_, ahead_ = (torch.from_numpy(x).float() for x in (effects, request, ahead))
-    return Lists(effects_, request_, torch.stack([ahead_, 3 * ahead_], -1), torch.zeros(len(ahead)), torch.full((len(ahead),), 2.0))
+    n = len(ahead)
+    effects_, given_, ahead_ = (torch.from_numpy(x).float() for x in (effects, given, ahead))
+    cohorts = torch.zeros(n) if cohort is None else torch.from_numpy(cohort)
+    return Lists(effects_, given_, cohorts, torch.stack([ahead_, 3 * ahead_], -1), torch.zeros(n), torch.full((n,), 2.0))
 
 
 def _between(effects: Doubles, request: Doubles, items: Doubles, scores: Doubles) -> Between:
@@ -39,7 +54,7 @@ def test_it_is_that_of_least_squares_with_user_and_context_held_fixed() -> None:
     effects = 100 + 30 * rng.normal(size=(n, 3)) + 20 * request[:, :1]  # not centred, and correlated with the user
     effects[:, 2] = 7.0  # never varies
     ahead = 0.05 * effects[:, 0] - 0.1 * effects[:, 1] + 3 * request[:, 0] + rng.normal(size=n)
-    fitted = LongTerm(3, 2, num_held(1, 2), 1)
+    fitted = LongTerm(3, 2, 2, num_held(1, 2), 1)
     for part in (slice(half), slice(half, None)):
         fitted.add(fitted.sums(_lists(effects[part], request[part], ahead[part]), _nothing(effects[part], request[part], 1, 1)))
     fitted.solve()
@@ -51,8 +66,37 @@ def test_it_is_that_of_least_squares_with_user_and_context_held_fixed() -> None:
     np.testing.assert_allclose(fitted(pairs), pairs.numpy() @ fitted.weights.numpy() * 2, rtol=1e-5)  # a list pays 2
 
 
+def test_only_lists_of_one_cohort_are_compared() -> None:
+    """Cohort 1 is served by a policy that keeps users: its lists have more of everything, and of what keeps users, and more lists ahead."""
+    rng, n = np.random.default_rng(5), 20_000
+    cohort = rng.integers(0, 2, n)
+    effects = rng.normal(size=(n, 2)) + 3 * cohort[:, None]
+    ahead = 0.3 * effects[:, 0] + 5 * cohort + rng.normal(size=n)
+    given, expected = rng.normal(size=(n, 2)), [3 * 0.3, 0.0]
+
+    def fit(cohort: npt.NDArray[np.int64] | None) -> LongTerm:
+        fitted = LongTerm(2, 2, 2, num_held(1, 2), 1)
+        for rows in np.array_split(np.arange(n), 100):
+            lists = _lists(effects[rows], given[rows], ahead[rows], None if cohort is None else cohort[rows])
+            fitted.add(fitted.sums(lists, _nothing(effects[rows], given[rows], 1, 1)))
+        fitted.solve()
+        return fitted
+
+    np.testing.assert_allclose(fit(cohort).weights, expected, atol=0.1)
+    assert fit(None).weights[1] > 1  # all of them together: what the policy did is ascribed to each of its lists
+    alone = fit(np.arange(n))  # nothing to compare with
+    assert not alone.weights.any() and float(alone.leaving) == 0 and alone.gram[-1, -1] > 0
+
+
+def test_products_are_of_each_with_each_once() -> None:
+    assert products(torch.tensor([[2.0, 3.0, 5.0]])).tolist() == [[4, 6, 10, 9, 15, 25]] and num_products(3) == 6
+    most = next(n for n in range(100) if (n + 1) * (n + 2) // 2 > MAX_PRODUCTS)
+    assert products(torch.ones(2, most)).shape[1] == num_products(most) > 0
+    assert products(torch.ones(2, most + 1)).shape[1] == num_products(most + 1) == 0
+
+
 def test_before_it_has_seen_anything_it_is_0() -> None:
-    fitted = LongTerm(3, 2, 6, 2)
+    fitted = LongTerm(3, 4, 2, 6, 2)
     fitted.solve()
     assert not fitted(torch.ones(4, 3)).any() and fitted.leaving == 0
 
@@ -93,7 +137,7 @@ def _sums(fitted: LongTerm, world: _World, rows: slice | npt.NDArray[np.int64], 
 
 
 def _fit(world: _World, *, changes: bool) -> Doubles:
-    fitted = LongTerm(len(world.truth), 2, num_held(3, 2), world.scores.shape[1])
+    fitted = LongTerm(len(world.truth), 2, 2, num_held(3, 2), world.scores.shape[1])
     fitted.add(_sums(fitted, world, slice(None), changes=changes))
     fitted.solve()
     return np.asarray(fitted.weights, np.float64)
@@ -147,7 +191,7 @@ def test_a_list_that_was_drawn_often_tells_no_more() -> None:
     world, rng = _world(2, reactions=[0.1], num_lists=3000), np.random.default_rng(0)
 
     def fit(batches: Iterable[npt.NDArray[np.int64]]) -> tuple[Doubles, float]:
-        fitted = LongTerm(8, 2, num_held(3, 2), 2)
+        fitted = LongTerm(8, 2, 2, num_held(3, 2), 2)
         for rows in batches:
             fitted.add(_sums(fitted, world, rows))
         fitted.solve()

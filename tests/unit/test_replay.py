@@ -275,7 +275,8 @@ def test_memory_is_the_payload_and_a_tenth_with_all_ids_and_links() -> None:
     rows = [step(config, n, next_id=m, ended=Ended.HAS_NEXT, pairs=15) for n, m in pairwise(names)]
     tables = [rows_to_table(rows[i : i + 500]) for i in range(0, 3_000, 500)]
     spec, q = config.spec.build(), config.reward.num_groups
-    payload = 3_000 * 15 * 4 * (spec.num_features + spec.num_categorical + spec.num_scores + 2 * spec.num_actions + q + 2)
+    pairs = 15 * (spec.num_features + spec.num_categorical + spec.num_scores + 2 * spec.num_actions + q + 2)
+    payload = 3_000 * 4 * (pairs + spec.num_features + spec.num_scores)
     tracemalloc.start()
     try:
         buffer = ReplayBuffer(config, seed=0, read_log=no_log)

@@ -30,7 +30,8 @@ def stream(config: Config, seed: int) -> list[Commit]:
     """Commits of two workers in order of the clock: sessions of several lists, whose links and rewards come at once, later, or never."""
     rng = np.random.default_rng(seed)
     waiting: dict[str, list[StepRow]] = {worker: [] for worker in WORKERS}
-    num_steps = 0
+    num_steps, spec = 0, config.spec.build()
+    width = spec.num_features + spec.num_scores
     for worker in WORKERS:
         for session in range(12):
             names = [f"{worker}.{session}.{i}" for i in range(rng.integers(1, 6))]
@@ -40,7 +41,9 @@ def stream(config: Config, seed: int) -> list[Commit]:
                 linked = rng.random() < 0.5
                 num_steps += 1
                 states = np.full_like(whole.states, num_steps)  # tells whose pair it is
-                first: dict[str, object] = {"next_id": after, "ended": ended} if linked else {}
+                first: dict[str, object] = {"next_id": after, "ended": ended, "round": num_steps % 3} if linked else {"arm": "exploit"}
+                if rng.random() < 0.5:  # else its decision did not tell
+                    first["candidate_means"] = np.full(width, 1000 + num_steps, np.float32)
                 at = rng.integers(0, len(waiting[worker]) + 1)
                 waiting[worker].insert(at, replace(whole, states=states, **first))
                 if not linked or rng.random() < 0.3:
@@ -118,9 +121,17 @@ def _check(batch: dict[str, np.ndarray], steps: dict[str, StepRow]) -> None:
             assert not batch["next_shown"][b].any()
         second = None if following is None else steps.get(following.next_id or "")
         assert bool(batch["future_known"][b, 1]) == (second is not None)
-        expected = 0 if second is None or second.states is None else second.states[0, 0]
-        np.testing.assert_allclose(batch["future_inputs"][b, : batch["states"].shape[-1]], expected, rtol=1e-6)
-        assert batch["future_inputs"][b].any() == (second is not None)
+        here = _mean_states(row)
+        np.testing.assert_allclose(batch["candidate_means"][b, : batch["states"].shape[-1]], here, rtol=1e-6)
+        change = 0 if second is None else _mean_states(second) - here
+        np.testing.assert_allclose(batch["future_change"][b, : batch["states"].shape[-1]], change, rtol=1e-4)
+        assert batch["cohort"][b] == row.round * 3 + ["explore", "exploit", "control"].index(row.arm)
+
+
+def _mean_states(row: StepRow) -> float:
+    """All states of a row are alike."""
+    mean = row.states[0, 0] if row.candidate_means is None else row.candidate_means[0]  # type: ignore[index]
+    return float(mean)
 
 
 @pytest.mark.parametrize("seed", range(6))

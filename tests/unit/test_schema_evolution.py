@@ -51,6 +51,8 @@ MATRIX = [
     ("decision", "retyped, one value for a list", changed(item_ids="a"), WRONG, "item_ids"),
     ("decision", "retyped, whole float for an integer", changed(num_candidates=9.0), WRONG, "num_candidates"),
     ("decision", "retyped, float for a code", changed(categorical=[[1.7], [0]]), WRONG, "categorical"),
+    ("decision", "optional field removed", without("candidate_means"), ACCEPTED, ""),
+    ("decision", "nullable field null", changed(candidate_means=None), ACCEPTED, ""),
     ("decision", "required field null", changed(states=None), WRONG, "states"),
     ("decision", "null in a list", changed(item_ids=["a", None]), WRONG, "item_ids"),
     ("decision", "unknown schema version", changed(schema_version=2), Refusal.UNKNOWN_SCHEMA_VERSION, "schema_version 2"),

@@ -13,6 +13,7 @@ from esrl_ray.errors import LogError
 from esrl_ray.reward import BehaviourConfig, RewardConfig, RewardGroup
 from esrl_ray.vocabulary import Bucket, Ended, StepRow
 from streaming.sessions import SessionJoiner
+from streaming.steptable import BULKY
 from streaming.wire import SCHEMA_VERSION, Decision, DecodedDecision, Feedback, decode_decision, encode
 
 T0 = 1_700_000_000_000
@@ -68,6 +69,7 @@ def decision(name: str, at_s: float, *, session: str = "s", positions: tuple[int
         actions=floats(4),
         anchor_actions=floats(4),
         fused_scores=floats(1),
+        candidate_means=bytes(4 * (SPEC.num_features + SPEC.num_scores)),
     )
     return decode_decision(encode(event), SPEC, b"application/msgpack")
 
@@ -147,7 +149,7 @@ def test_a_step_closes_at_its_label_age_with_everything_that_was_logged() -> Non
     assert (row.next_id, row.ended) == (None, Ended.OPEN)
     assert row.item_ids == ("i0", "i1", "i2")
     assert row.positions is not None and row.positions.tolist() == [0, 1, -1]
-    for name in ("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores"):
+    for name in ("states", "categorical", "scores", "actions", "anchor_actions", "fused_scores", "candidate_means"):
         logged, sent = getattr(row, name), getattr(made, name)
         assert logged.dtype == sent.dtype and logged.shape == sent.shape and np.array_equal(logged, sent), name
     assert join.counts("decisions") == {Bucket.JOINED: 1}
@@ -195,7 +197,7 @@ def test_the_link_follows_as_a_small_row_when_the_next_list_comes_after_the_labe
     (row,) = join.until(7)
     assert (row.step_id, row.revision, row.next_id, row.ended) == ("a", 1, "b", Ended.HAS_NEXT)
     assert row.shown.tolist() == [True, True, False]
-    for name in ("item_ids", "positions", "states", "categorical", "scores", "actions", "anchor_actions", "fused_scores"):
+    for name in BULKY:
         assert getattr(row, name) is None
 
 

@@ -14,7 +14,7 @@ from esrl_ray.algo.update import LearnState, _effects, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
 from esrl_ray.normaliser import Normaliser
-from esrl_ray.replay.chains import followers, future_columns
+from esrl_ray.replay.chains import cohorts, followers, long_term_columns
 from tests.transitions import make_transitions
 
 
@@ -60,15 +60,18 @@ def test_followers_and_their_columns_follow_the_session() -> None:
     chain = followers(following, np.array([0, 4, 3]), 3)
     assert chain.tolist() == [[2, 3, -1], [1, -1, -1], [-1, -1, -1]]
     rng = np.random.default_rng(4)
-    columns = {"states": rng.normal(size=(5, 3, 2)), "scores": rng.uniform(size=(5, 3, 1)), "valid": np.ones((5, 3))}
-    columns["valid"][3, 2] = 0
-    future = future_columns(following == -2, chain, columns)
+    means, steps = rng.normal(size=(5, 3)).astype(np.float32), np.array([0, 4, 3])
+    cohort = cohorts(np.array([7, 7, 7, 8, 7]), np.array([0, 0, 0, 0, 2]))
+    assert cohort[0] == cohort[1] == cohort[2] and len(set(cohort.tolist())) == 3  # another round, another arm
+    future = long_term_columns(following == -2, steps, chain, means=means, cohorts=cohort)
     assert future["future_known"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
     assert future["future_terminated"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
-    states, scores = columns["states"][3, :2], columns["scores"][3, :2]  # of the second next of 0; the others have none
-    np.testing.assert_allclose(future["future_inputs"][0], [*states.mean(0), np.log(scores).mean()], rtol=1e-6)
-    assert not future["future_inputs"][1:].any()
-    assert not future_columns(following == -2, chain[:, :1], columns)["future_inputs"].any()
+    np.testing.assert_array_equal(future["candidate_means"], means[steps])
+    np.testing.assert_array_equal(future["cohort"], cohort[steps])
+    np.testing.assert_array_equal(future["future_change"][0], means[3] - means[0])  # the second next of 0; the others have none
+    assert not future["future_change"][1:].any()
+    one = long_term_columns(following == -2, steps, chain[:, :1], means=means, cohorts=cohort)
+    assert one["future_change"].shape == (3, 3) and not one["future_change"].any()
 
 
 def _split(config: Config, **learner: Any) -> Config:
@@ -129,9 +132,12 @@ def test_the_change_of_scores_is_that_of_the_means_over_candidates_around_the_ne
     future, spec = prepare(state, t).future, n.spec
     assert future is not None and 0 < future.change_known.sum() < 16
     for row in range(16):
-        known, valid = t["future_known"][row, 1], t["valid"][row] > 0
-        means = np.concatenate([t["states"][row], np.log(t["scores"][row])], -1)[valid].mean(0)
-        change = known * (t["future_inputs"][row] - means)
+        change = t["future_known"][row, 1] * t["future_change"][row]
+        means = t["candidate_means"][row]
+        user = ((means - normaliser.mean) / normaliser.std)[list(spec.request_inputs)]
+        np.testing.assert_array_equal(future.given[row, :width], means)
+        np.testing.assert_allclose(future.given[row, width:], np.outer(user, user)[np.triu_indices(len(user))], atol=1e-4)
+        assert future.cohort[row] == t["cohort"][row]
         np.testing.assert_allclose(future.held[row, : len(spec.item_inputs)], change[list(spec.item_inputs)], atol=1e-4)
         np.testing.assert_allclose(future.score_change[row], change[spec.num_features :], atol=1e-4)
         if t["has_next"][row]:

@@ -13,9 +13,11 @@ from deltalake import DeltaTable, write_deltalake
 
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import Fenced, LogError
+from esrl_ray.normaliser import mean_input
 from esrl_ray.replay.buffer import ReplayBuffer
+from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Ended
-from streaming import statefiles
+from streaming import logfiles, statefiles, steplog, stepreader, steptable
 from streaming.statefiles import STATE_FOLDER
 from streaming.steplog import (
     CommitInfo,
@@ -28,7 +30,7 @@ from streaming.steplog import (
     read_steps,
 )
 from streaming.stepreader import FILES_AT_ONCE
-from streaming.steptable import merge_steps, rows_to_table
+from streaming.steptable import merge_steps, rows_to_table, step_schema
 from tests.unit.test_replay import step
 
 
@@ -175,6 +177,49 @@ def test_what_is_no_first_row_and_no_amendment_is_refused(tmp_path: Path, config
     with pytest.raises(LogError, match=r"rewards of step b \(first row\) has 5 values, expected 3 pairs x 2"):
         log.commit(state(0), rows.set_column(rows.column_names.index("rewards"), "rewards", rewards))
     assert log.committed == -1
+
+
+def test_means_of_the_candidates_are_of_the_step_and_may_be_missing(tmp_path: Path, config: Config) -> None:
+    width, log = 23, log_of(tmp_path, config)
+    told = msgspec.structs.replace(step(config, "a"), candidate_means=np.arange(width, dtype=np.float32))
+    log.commit(state(0), rows_to_table([told, step(config, "b"), step(config, "a", revision=1, reward=7.0)]))
+    found = dict(zip(*read_steps(tmp_path).select(["step_id", "candidate_means"]).to_pydict().values(), strict=True))
+    assert found == {"a": list(range(width)), "b": None}
+    with pytest.raises(LogError, match=r"candidate_means of step a \(first row\) has 22 values, expected 23$"):
+        log.commit(state(1), rows_to_table([msgspec.structs.replace(told, candidate_means=np.zeros(width - 1, np.float32))]))
+    amendment = step(config, "a", revision=2)
+    with pytest.raises(LogError, match=r"candidate_means of step a \(amendment\) has 23 values, expected null"):
+        log.commit(state(1), rows_to_table([msgspec.structs.replace(amendment, candidate_means=np.zeros(width, np.float32))]))
+
+
+def test_a_log_of_before_the_means_of_the_candidates_is_read_and_goes_on(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = step_schema()
+    with monkeypatch.context() as before:
+        older = pa.schema([field for field in schema if field.name != "candidate_means"])
+        for module in (steplog, steptable, logfiles, stepreader):
+            if hasattr(module, "step_schema"):
+                before.setattr(module, "step_schema", lambda: older)
+        before.setattr(steptable, "_SCHEMA", older)
+        before.setattr(steptable, "check_widths", lambda *_: None)
+        before.setattr(steplog, "check_widths", lambda *_: None)
+        fill(tmp_path, config)
+    (folder,) = tmp_path.rglob("_delta_log")
+    assert "candidate_means" not in {field.name for field in DeltaTable(folder.parent).schema().fields}
+    assert read_steps(tmp_path)["candidate_means"].to_pylist() == [None, None]
+    log, means = log_of(tmp_path, config, "two"), np.ones(23, np.float32)
+    assert log.restore() == state(2)
+    log.commit(state(3, "two"), rows_to_table([msgspec.structs.replace(step(config, "c"), candidate_means=means)]))
+    merged = read_steps(tmp_path)
+    assert merged.schema.equals(schema)
+    found = dict(zip(merged["step_id"].to_pylist(), merged["candidate_means"].to_pylist(), strict=True))
+    assert found == {"a": None, "b": None, "c": means.tolist()}
+    config = config.model_copy(update={"serve": config.serve.model_copy(update={"list_size": 1, "num_unshown": 2})})
+    steps = Steps.from_table(merged, config)
+    expected = mean_input(*(steps.columns[name] for name in ("states", "scores", "valid")))
+    for number, name in enumerate(merged["step_id"].to_pylist()):
+        np.testing.assert_array_equal(steps.columns["candidate_means"][number], means if name == "c" else expected[number])
 
 
 def test_a_commit_whose_answer_was_lost_is_done(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

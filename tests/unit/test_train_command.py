@@ -14,8 +14,9 @@ from esrl_ray.cli.logged import read_log
 from esrl_ray.cli.train import train
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError, EsrlError, InputDataError, LogError, MethodError, SpecMismatch
+from esrl_ray.normaliser import mean_input
 from esrl_ray.policy.policy import Policy, PolicyKind
-from streaming.steptable import step_schema
+from streaming.steptable import BULKY, step_schema
 from tests.step_tables import simulated_steps, step_table, write_log
 
 NUM_STEPS = 300
@@ -86,9 +87,13 @@ def test_parquet_in_another_order_or_with_later_revisions_gives_the_same_steps(c
     wide = changed(table, "states", table["states"].cast(pa.large_list(pa.float32())))  # as other writers have it
     np.testing.assert_array_equal(read_log(_written(tmp_path / "d.parquet", wide), config).steps.columns["states"], known.columns["states"])
 
+    without = read_log(_written(tmp_path / "e.parquet", table.drop_columns(["candidate_means"])), config).steps  # as older logs are
+    over_logged = mean_input(*(known.columns[name] for name in ("states", "scores", "valid")))
+    np.testing.assert_array_equal(without.columns["candidate_means"], over_logged)
+    assert (known.columns["candidate_means"] != over_logged).any()
+
     last = table.slice(0, 1).to_pylist()[0]
-    bulky = ("item_ids", "positions", "states", "categorical", "scores", "actions", "anchor_actions", "fused_scores")
-    later = {**last, "revision": 1, "rewards": [9.0] * len(last["rewards"]), **dict.fromkeys(bulky)}
+    later = {**last, "revision": 1, "rewards": [9.0] * len(last["rewards"]), **dict.fromkeys(BULKY)}
     revised = pa.concat_tables([table, pa.Table.from_pylist([later], schema=step_schema())])
     merged = read_log(_written(tmp_path / "c.parquet", revised), config).steps
     assert len(merged) == len(known)
@@ -129,6 +134,9 @@ def test_a_table_that_does_not_fit_the_deployment_is_refused_with_the_column(con
     broken = states.values.to_numpy().copy()
     broken[7] = np.nan
     nan = pa.ListArray.from_arrays(states.offsets, pa.array(broken))
+    means = np.zeros((k, 23), np.float32)
+    means[3, 5] = np.inf
+    odd = pa.array(list(means), pa.list_(pa.float32()))
     cases = [
         (table.slice(0, 0), "no steps"),
         (table.drop_columns(["anchor_actions"]), "column 'anchor_actions' is missing"),
@@ -138,6 +146,9 @@ def test_a_table_that_does_not_fit_the_deployment_is_refused_with_the_column(con
         (changed(table, "arm", pa.array(["b"] * k)), r"column 'arm' holds 'b', expected one of \[.*explore"),
         (changed(table, "scores", table["rewards"]), "scores of step step-0 has 30 values for 15 pairs, expected 5 per pair"),
         (changed(table, "states", nan), "states of 1 steps are not finite"),
+        (changed(table, "candidate_means", table["scores"]), "candidate_means of a step has 75 values, expected 23"),
+        (changed(table, "candidate_means", table["shown"]), "column 'candidate_means' is list<.*bool>, expected a list of float32"),
+        (changed(table, "candidate_means", odd), "candidate_means of 1 steps are not finite"),
         (pa.concat_tables([table, table]).drop_columns(["revision"]), "rows have the step_id of another"),
     ]
     for bad, text in cases:

@@ -41,6 +41,7 @@ def decision(config: Config, **changes: object) -> dict[str, object]:
         "positions": [0, -1],
         "categorical": [],
         "fused_scores": [1.0, 0.5],
+        "candidate_means": [0.5] * (spec.num_features + spec.num_scores),
     }
     return fields | rows | changes
 
@@ -52,6 +53,11 @@ def test_both_encodings_give_the_same_event(config: Config) -> None:
     assert binary.event == text.event
     np.testing.assert_array_equal(binary.states, text.states)
     np.testing.assert_array_equal(binary.scores, text.scores)
+    means = text.candidate_means
+    assert means is not None and (means == 0.5).all() and text.event.candidate_means == means.tobytes()
+    np.testing.assert_array_equal(binary.candidate_means, text.candidate_means)
+    untold = decode_decision(msgspec.json.encode(decision(config, candidate_means=None)), config.spec.build(), JSON)
+    assert untold.candidate_means is None and (untold.fused_scores == text.fused_scores).all()
     event = decode_feedback(msgspec.json.encode(FEEDBACK))
     assert decode_feedback(encode(event), MSGPACK) == event == Feedback(**FEEDBACK)  # type: ignore[arg-type]
 
@@ -71,6 +77,9 @@ def test_both_encodings_give_the_same_event(config: Config) -> None:
         ({"fused_scores": [1.0, 1e39]}, "fused_scores"),
         ({"fused_scores": [[1.0], [2.0]]}, "fused_scores"),
         ({"fused_scores": [1.0]}, "fused_scores"),
+        ({"candidate_means": [1.0]}, "candidate_means"),
+        ({"candidate_means": [[1.0] * 23] * 2}, "candidate_means"),
+        ({"candidate_means": [*[1.0] * 22, 1e39]}, "candidate_means"),
         ({"spec_digest": "other"}, "spec_digest"),
         ({"schema_version": 2}, "schema_version"),
     ],
