@@ -62,6 +62,7 @@ def made_up(config: Config, num_steps: int) -> TransitionBatch:
         batch["future_known"] = np.ones((num_steps, h), np.float32)
         batch["future_terminated"] = np.zeros((num_steps, h), np.float32)
         batch["future_change"] = normal(spec.num_features + spec.num_scores)
+        batch["future_change_known"] = ones
         batch["candidate_means"] = normal(spec.num_features + spec.num_scores)
         batch["cohort"] = rng.integers(0, 3, num_steps).astype(np.int32)
     return batch

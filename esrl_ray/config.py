@@ -236,7 +236,9 @@ class LearnerConfig(Section):
     actor_loss: Literal["listwise", "printed"] = Field(
         "listwise", description="`printed` is Eq. (4); `listwise` is our default (docs/paper.md)."
     )
-    temperature: float = Field(0.2, gt=0, description="Softmax temperature of the listwise actor loss.")
+    temperature: float = Field(
+        0.2, gt=0, description="Softmax temperature of the listwise actor loss; other critics than split were measured with 0.3."
+    )
     std_penalty: float = Field(0.2, ge=0, description="Weight of the critics' disagreement [lambda].")
     bound_penalty: float = Field(0.1, ge=0, description="Weight of the bound penalty [eta].")
     penalty_scale: float = Field(0.3, gt=0, description="Steepness of penalty and phi outside the bounds [beta].")

@@ -144,6 +144,7 @@ class TransitionBatch(TypedDict):
     cohort: NotRequired[Ints]  # (B,) lists of one round and arm have one number
     future_known: NotRequired[Floats]  # (B, H) of the next H lists of the session: 1 = that list is here
     future_terminated: NotRequired[Floats]  # (B, H) 1 = the user left after it
+    future_change_known: NotRequired[Floats]  # (B,) 1 = the second next request is there, its means of the same kind
     future_change: NotRequired[Floats]  # (B, F + k) of the candidates' mean raw inputs, from this request to the second next; 0 without
 
 

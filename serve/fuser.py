@@ -142,7 +142,7 @@ def decide(parsed: Parsed, served: Served, config: Config, *, decision_id: str, 
         actions=_bytes(actions[logged]),
         anchor_actions=_bytes(anchored),
         fused_scores=_bytes(fused[logged]),
-        candidate_means=_bytes(numeric_input(parsed.states, parsed.scores).mean(0)),
+        candidate_means=_bytes(numeric_input(parsed.states, parsed.scores).mean(0, dtype=np.float64)),
     )
     return reply, decision
 

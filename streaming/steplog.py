@@ -113,9 +113,6 @@ class StepLog:
                 schema = step_schema().append(pa.field(DATE, pa.string()))
                 DeltaTable.create(self._where, schema=schema, mode="ignore", partition_by=[DATE], configuration=wanted)
             self._table = DeltaTable(self._where)
-            there = {field.name for field in self._table.schema().fields}
-            if newer := [Field.from_arrow(field) for field in step_schema() if field.name not in there]:
-                self._table.alter.add_columns(newer)
             if self._table.metadata().configuration != wanted:
                 self._table.alter.set_table_properties(wanted)
             self._alive = sign_of_life(self._where)
@@ -258,6 +255,9 @@ class StepLog:
         self._table.update_incremental()
         if (last := self.committed) != n - 1:
             raise Fenced(f"commit {n} of {self._worker} follows commit {last}", self._where, _STOP_ONE)
+        there = {field.name for field in self._table.schema().fields}
+        if newer := [Field.from_arrow(field) for field in step_schema() if field.name not in there]:  # an older version made the table
+            self._table.alter.add_columns(newer)
         self._states.write(state, self._incarnation)
         try:
             yield

@@ -146,10 +146,12 @@ def merge_steps(rows: pa.Table) -> pa.Table:
 
 def _take(column: pa.ChunkedArray, index: np.ndarray) -> pa.Array | pa.ChunkedArray:
     """Rows of a column by number. For lists through their values: pyarrow 26's own `take` of lists needs several times as long."""
-    if not pa.types.is_list(column.type) or column.null_count:
+    if not pa.types.is_list(column.type):
         return column.take(pa.array(index))
     lists = column.combine_chunks()
     starts, lengths = lists.offsets.to_numpy()[:-1][index], _lengths(lists)[index]
+    if (lengths == _NULL).any():  # the candidates' means alone
+        return column.take(pa.array(index))
     ends = np.cumsum(lengths)
     width = int(lengths[0]) if len(lengths) else 0
     even = width > 0 and (lengths == width).all() and not len(lists.values) % width and not (starts % width).any()

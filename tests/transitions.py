@@ -67,7 +67,8 @@ def make_transitions(
         batch["future_known"] = known
         batch["future_terminated"] = (last & (rng.random((num_steps, 1)) < 0.5)).astype(np.float32)
         batch["future_change"] = rng.normal(size=(num_steps, f + k)).astype(np.float32)
-        batch["future_change"] *= known[:, 1:2] if horizon > 1 else 0
+        batch["future_change_known"] = known[:, 1] if horizon > 1 else 0 * known[:, 0]
+        batch["future_change"] *= batch["future_change_known"][:, None]
         batch["candidate_means"] = mean_input(batch["states"], batch["scores"], valid)
         batch["cohort"] = rng.integers(0, 3, num_steps).astype(np.int32)
     return batch

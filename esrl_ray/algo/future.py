@@ -39,7 +39,7 @@ def future_of(networks: Networks, c: Mapping[str, torch.Tensor], *, score_change
         score_changes: Whether to look at the second next request.
     """
     spec, change = networks.spec, c["future_change"]
-    known = c["future_known"][:, 1] if score_changes and c["future_known"].shape[1] > 1 else torch.zeros_like(c["has_next"])
+    known = c["future_change_known"] * score_changes
     users, items = len(spec.user_features), len(spec.item_features)
     change = known.unsqueeze(-1) * change
     rows, any_shown = torch.arange(len(change), device=change.device), c["next_shown"].argmax(1)

@@ -146,6 +146,7 @@ class Sums(NamedTuple):
     change_square: torch.Tensor  # (k,) that change squared
     ends: torch.Tensor  # () sessions that ended
     reward: torch.Tensor  # ()
+    free: torch.Tensor  # () lists less one for each of their cohorts
     pairs: torch.Tensor  # () pairs of lists in the batch
     equal: torch.Tensor  # () of the same list: how many different ones there are to draw from
 
@@ -171,7 +172,8 @@ class LongTerm(nn.Module):
     chi^2 is what a solution explains, over the variance of y, times the number of different lists: replay gives each many times, and the
     more of a batch are equal, the fewer there are.
 
-    All but the products of `held_fixed` is in units of the log, not of the normaliser: neither a new one nor new value scales change f.
+    All but products is in units of the log, not of the normaliser: neither a new one nor new value scales change f. Products are of
+    normalised features: those of two normalisers are mixed in the sums until the older ones have faded.
 
     Args:
         num_effects: D, width of psi.
@@ -189,6 +191,7 @@ class LongTerm(nn.Module):
     change_square: torch.Tensor
     ends: torch.Tensor
     reward: torch.Tensor
+    free: torch.Tensor
     pairs: torch.Tensor
     equal: torch.Tensor
     weights: torch.Tensor
@@ -208,6 +211,7 @@ class LongTerm(nn.Module):
             "change_square": (num_scores,),
             "ends": (),
             "reward": (),
+            "free": (),
             "pairs": (),
             "equal": (),
         }
@@ -216,7 +220,7 @@ class LongTerm(nn.Module):
         self.register_buffer("weights", torch.zeros(num_effects))
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *arguments: Any) -> None:
-        """Sums of an older version, which have other shapes, are not taken: these start anew, w stays until there is a new one."""
+        """Sums of an older version, which have other shapes, are not taken: these start anew, and f with them."""
         if any(state_dict[prefix + name].shape != getattr(self, name).shape for name in Sums._fields if prefix + name in state_dict):
             state_dict.update({prefix + name: torch.zeros_like(getattr(self, name)) for name in Sums._fields})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -234,8 +238,9 @@ class LongTerm(nn.Module):
         """The sums of a batch."""
         num_lists, one = len(lists.ended), torch.ones_like(lists.ended).unsqueeze(-1)
         key = (lists.effects.sum(-1) + lists.given.sum(-1)).sort().values
-        inputs = torch.cat([_centred(torch.cat([lists.effects, lists.given], -1), lists.cohort), one], -1)
-        ahead = _centred(lists.ahead, lists.cohort)
+        number = _numbered(lists.cohort)
+        inputs = torch.cat([_centred(torch.cat([lists.effects, lists.given], -1), number), one], -1)
+        ahead = _centred(lists.ahead, number)
         changed = torch.cat([between.effects, between.request, between.held, one], -1).double() * between.known.unsqueeze(-1)
         scores = between.scores.double()
         return Sums(
@@ -247,6 +252,7 @@ class LongTerm(nn.Module):
             scores.square().sum(0),
             lists.ended.sum().double(),
             lists.reward.sum().double(),
+            (num_lists - 1 - number.max()).double(),
             torch.full_like(self.pairs, num_lists * (num_lists - 1) / 2),
             (key[1:] == key[:-1]).sum().double(),
         )
@@ -260,8 +266,8 @@ class LongTerm(nn.Module):
         """Set w. Inputs are standardised first; one that never varies gets 0."""
         d, count = len(self.weights), self.gram[-1, -1]
         different = 1 / (1 + count * self.equal / self.pairs.clamp_min(1.0))  # n = 1 / (1 / draws + 1 / lists to draw from), over draws
-        stays = _equations(self.gram, self.moment, self.square, d)
-        moved = _equations(self.change_gram, self.change_moment, self.change_square, d)
+        stays = _equations(self.gram, self.moment, self.square, d, self.free)
+        moved = _equations(self.change_gram, self.change_moment, self.change_square, d, self.change_gram[-1, -1])
         along = _solve(moved.matrix, moved.cross)  # (D, k)
         trust = (1 - self._quantile / (different * moved.chi_square(along))).clamp_min(0.0)  # (k,)
         along = along * (trust > 0) * (stays.std / moved.std).nan_to_num(0.0, 0.0).unsqueeze(-1)
@@ -291,17 +297,24 @@ class _Equations(NamedTuple):
         return (self.num_lists * explained / self.variance).clamp_min(1e-12)
 
 
-def _centred(x: torch.Tensor, cohort: torch.Tensor) -> torch.Tensor:
-    """(B, n) less its mean over the rows of the same cohort (B,), in float64: what is the same for all of them becomes 0 exactly."""
+def _numbered(cohort: torch.Tensor) -> torch.Tensor:
+    """(B,) cohorts as 0, 1, ...; without `unique`, which waits for the device."""
     cohorts, order = cohort.sort()
     number = torch.zeros_like(order)
     number[order[1:]] = (cohorts[1:] != cohorts[:-1]).long().cumsum(0)
+    return number
+
+
+def _centred(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """(B, n) less its mean over the rows of the same number (B,), in float64; what differs by less than a float32 can tell becomes 0."""
     rows = torch.cat([x, torch.ones_like(x[:, :1])], -1).double()
-    sums = torch.zeros_like(rows).index_add_(0, number, rows)[number]  # without `unique`, which waits for the device
-    return rows[:, :-1] - sums[:, :-1] / sums[:, -1:]
+    sums = torch.zeros_like(rows).index_add_(0, number, rows)[number]
+    means = sums[:, :-1] / sums[:, -1:]
+    left = rows[:, :-1] - means
+    return left * (left.abs() > 1e-6 * means.abs())
 
 
-def _equations(gram: torch.Tensor, moment: torch.Tensor, square: torch.Tensor, num: int) -> _Equations:
+def _equations(gram: torch.Tensor, moment: torch.Tensor, square: torch.Tensor, num: int, free: torch.Tensor) -> _Equations:
     """Of the first `num` inputs, the others held fixed (Frisch, Waugh and Lovell).
 
     Args:
@@ -309,8 +322,9 @@ def _equations(gram: torch.Tensor, moment: torch.Tensor, square: torch.Tensor, n
         moment: (n, t) of inputs and targets.
         square: (t,) of targets.
         num: D.
+        free: () rows, less one for each mean that was taken from them.
     """
-    count = gram[-1, -1].clamp_min(1.0)
+    count = free.clamp_min(1.0)
     mean, mean_target = gram[-1, :-1] / count, moment[-1] / count
     covariance = gram[:-1, :-1] / count - torch.outer(mean, mean)
     variance = covariance.diagonal()

@@ -95,7 +95,7 @@ class ReplayBuffer:
     @property
     def num_bytes(self) -> int:
         """Bytes of the columns."""
-        own = (self._revisions, self._terminated, self._next, self._previous, self._held_out)
+        own = (self._revisions, self._terminated, self._next, self._previous, self._held_out, self._cohorts)
         return self._storage.num_bytes + self._sampler.num_bytes + sum(column.nbytes for column in own)
 
     def apply(self, worker: str, commit: int, rows: pa.Table, *, inserted_ms: int) -> None:
@@ -291,7 +291,7 @@ class ReplayBuffer:
         return {step_id for slot in self._sampler.members() if (step_id := self._ids[slot]) is not None}
 
     def step(self, step_id: str) -> dict[str, Floats]:
-        """Columns of one step, (G, ...) each.
+        """Columns of one step, (G, ...) each, and those of `Storage` that are of the step itself.
 
         Raises:
             KeyError: it is not here.
@@ -308,6 +308,7 @@ class ReplayBuffer:
         columns["next_shown"] *= has_next[:, None]  # ... shown to nobody
         more = {}
         if self._horizon:
-            chain, means = followers(self._next, slots, self._horizon), self._storage.columns["candidate_means"]
-            more = long_term_columns(self._terminated, slots, chain, means=means, cohorts=self._cohorts)
+            chain, of_steps = followers(self._next, slots, self._horizon), self._storage.columns
+            means, told = of_steps["candidate_means"], of_steps["told"]
+            more = long_term_columns(self._terminated, slots, chain, means=means, told=told, cohorts=self._cohorts)
         return cast(TransitionBatch, {**columns, "has_next": has_next, "terminated": self._terminated[slots], **more})

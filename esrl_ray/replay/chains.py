@@ -38,7 +38,7 @@ def cohorts(rounds: npt.NDArray[Any], arms: npt.NDArray[Any]) -> Ints:
 
 
 def long_term_columns(
-    terminated: npt.NDArray[Any], steps: Indices, chain: Indices, *, means: Floats, cohorts: Ints
+    terminated: npt.NDArray[Any], steps: Indices, chain: Indices, *, means: Floats, told: npt.NDArray[Any], cohorts: Ints
 ) -> dict[str, npt.NDArray[Any]]:
     """The columns of a `TransitionBatch` that only long-term value needs.
 
@@ -47,15 +47,18 @@ def long_term_columns(
         steps: (B,) numbers of the steps themselves.
         chain: (B, H) from `followers`.
         means: (n, F + k) of each request's raw inputs over its candidates.
+        told: (n,) whether they are over all candidates, or over the logged ones.
         cohorts: (n,) as above.
     """
     there, known = np.maximum(chain, 0), (chain >= 0).astype(np.float32)
-    second = known[:, 1:2] if chain.shape[1] > 1 else np.zeros((len(chain), 1), np.float32)
-    here = means[steps]
+    here, own, second = means[steps], told[steps], there[:, min(1, chain.shape[1] - 1)]
+    # Shown pairs are many of the logged ones: means of one kind less those of the other would tell how the list was chosen.
+    compared = known[:, 1] * (told[second] == own) if chain.shape[1] > 1 else np.zeros(len(chain), np.float32)
     return {
         "candidate_means": here,
-        "cohort": cohorts[steps],
+        "cohort": 2 * cohorts[steps] + (own > 0),
         "future_known": known,
         "future_terminated": terminated[there].astype(np.float32) * known,
-        "future_change": second * (means[there[:, min(1, chain.shape[1] - 1)]] - here),
+        "future_change_known": compared,
+        "future_change": compared[:, None] * (means[second] - here),
     }

@@ -29,7 +29,8 @@ class Steps:
 
     Attributes:
         columns: states (n, G, F), categorical (n, G, C), scores (n, G, k), actions and anchor_actions (n, G, A), rewards (n, G, q),
-            behaviours (n, G, num_behaviours), shown and valid (n, G); padding is 0 (scores 1). candidate_means (n, F + k).
+            behaviours (n, G, num_behaviours), shown and valid (n, G); padding is 0 (scores 1). candidate_means (n, F + k),
+            told (n,) as `Storage` has them.
         following: (n,) the number of the next step of the session, or UNKNOWN, LEFT, CUT.
         sessions: (n,) number of the session.
         users: (n,) number of the user.
@@ -109,6 +110,7 @@ class Steps:
             raise ValueError(f"{self._size} steps and {count} more exceed the capacity of {len(self._keys['users'])}")
         if "candidate_means" not in columns:
             self._columns["candidate_means"][numbers] = mean_input(*(columns[name] for name in ("states", "scores", "valid")))
+            self._columns["told"][numbers] = 0
         for name, column in columns.items():
             self._columns[name][numbers] = column
         for name, key in keys.items():
@@ -148,7 +150,7 @@ class Steps:
         if horizon:
             chain = followers(self._keys["following"], steps, horizon)
             left, cohort = self._keys["following"] == LEFT, cohorts(self._keys["rounds"], self._keys["arms"])
-            more = long_term_columns(left, steps, chain, means=c["candidate_means"], cohorts=cohort)
+            more = long_term_columns(left, steps, chain, means=c["candidate_means"], told=c["told"], cohorts=cohort)
             batch.update(cast(TransitionBatch, more))
         return batch
 

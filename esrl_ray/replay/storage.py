@@ -34,7 +34,8 @@ def widths(spec: Spec, num_groups: int) -> dict[str, tuple[int, type[np.float32]
 class Storage:
     """Columns of `capacity` steps. Padding pairs hold 0, their scores 1, their `valid` 0.
 
-    `candidate_means` (capacity, F + k) is of steps, not of pairs: over all candidates as the log has it, else over the pairs that are kept.
+    Two are of steps, not of pairs: `candidate_means` (capacity, F + k), over all candidates where the log tells (`told` (capacity,) is 1),
+    else over the pairs that are kept.
 
     Args:
         spec: Widths.
@@ -50,6 +51,7 @@ class Storage:
         }
         self.columns |= {name: np.zeros((capacity, max_pairs), np.float32) for name in ("shown", "valid")}
         self.columns["candidate_means"] = np.zeros((capacity, spec.num_features + spec.num_scores), np.float32)
+        self.columns["told"] = np.zeros(capacity, np.float32)
         self.num_pairs = np.zeros(capacity, np.int64)  # pairs of the step as logged, also those cut off
         self.kept = np.zeros((capacity, max_pairs), np.int16)  # which logged pair stands in each place
         self.num_cut_pairs = 0
@@ -81,7 +83,7 @@ class Storage:
         self.kept[target] = within[taken]
         padded = slots[pairs < self._max_pairs]
         for name, column in self.columns.items():
-            if name == "candidate_means":
+            if name in ("candidate_means", "told"):
                 continue
             column[padded] = 1 if name == "scores" else 0
             if name == "valid":
@@ -96,6 +98,7 @@ class Storage:
         """Of the chosen rows, whose pairs are here by now."""
         means, there = self.columns["candidate_means"], rows["candidate_means"].is_valid().to_numpy()
         given = there[chosen]
+        self.columns["told"][slots] = given
         means[slots[given]] = _flat(rows, "candidate_means").reshape(-1, means.shape[1])[(np.cumsum(there) - 1)[chosen[given]]]
         if not given.all():
             old = slots[~given]

@@ -102,7 +102,8 @@ class SimulatedTraffic:
                 "rewards": rewards_of(behaviours, config.reward) * shown[..., None],
                 "shown": shown,
                 "valid": np.ones_like(shown),
-                "candidate_means": numeric_input(states, page.scores).mean(1),
+                "told": np.ones(len(shown), np.float32),
+                "candidate_means": numeric_input(states, page.scores).mean(1, dtype=np.float64),
             },
         )
         return numbers, left

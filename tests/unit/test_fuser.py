@@ -156,6 +156,10 @@ def test_a_decision_tells_the_means_over_all_its_candidates() -> None:
     expected = np.concatenate([request.states, np.log(request.scores)], 1).mean(0)
     assert len(decoded.states) < len(request.states) and decoded.candidate_means is not None
     np.testing.assert_allclose(decoded.candidate_means, expected, rtol=1e-5)
+    for value in (1e37, 1.7e9, 0.1):  # of many candidates alike; the sum of the first exceeds float32
+        _, decoded = made(parsed(USERS[Arm.EXPLOIT], 200, context_features=[value], user_features=[-value]), served())
+        assert decoded.candidate_means is not None
+        assert decoded.candidate_means[[0, 2]].tolist() == [-np.float32(value), np.float32(value)]
 
 
 def test_a_decision_depends_on_its_arguments_only() -> None:

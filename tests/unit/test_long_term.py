@@ -19,6 +19,7 @@ from esrl_ray.algo.split import (
     Lists,
     LongTerm,
     Sums,
+    _equations,
     _nonnegative,
     held_fixed,
     num_held,
@@ -86,6 +87,32 @@ def test_only_lists_of_one_cohort_are_compared() -> None:
     assert fit(None).weights[1] > 1  # all of them together: what the policy did is ascribed to each of its lists
     alone = fit(np.arange(n))  # nothing to compare with
     assert not alone.weights.any() and float(alone.leaving) == 0 and alone.gram[-1, -1] > 0
+
+
+@pytest.mark.parametrize("num_cohorts", [1, 60])
+def test_chance_looks_like_chance_however_many_cohorts_there_are(num_cohorts: int) -> None:
+    """chi^2 of a fit to noise is D on average: means that were taken away leave fewer lists."""
+    rng, found, d = np.random.default_rng(7), [], 8
+    for _ in range(40):
+        fitted = LongTerm(d, 2, 2, num_held(1, 2), 1)
+        for _ in range(60):
+            effects, given, ahead = rng.normal(size=(128, d)), rng.normal(size=(128, 2)), rng.normal(size=128)
+            lists = _lists(effects, given, ahead, rng.integers(0, num_cohorts, 128))
+            fitted.add(fitted.sums(lists, _nothing(effects, given, 1, 1)))
+        stays = _equations(fitted.gram, fitted.moment, fitted.square, d, fitted.free)
+        found.append(float(stays.chi_square(torch.linalg.solve(stays.matrix, stays.cross))[0]))
+    assert np.mean(found) == pytest.approx(d, rel=0.2)
+
+
+def test_an_input_that_varies_by_rounding_alone_gets_nothing() -> None:
+    rng, n = np.random.default_rng(8), 2_000
+    fitted, ahead = LongTerm(2, 2, 2, num_held(1, 2), 1), rng.normal(size=n)
+    same = np.float32(0.1) + np.float32(1e-8) * rng.integers(-1, 2, n).astype(np.float32)  # a mean of .1, over many candidates or few
+    assert len(set(same.tolist())) > 1
+    effects = np.column_stack([same, ahead + rng.normal(size=n)])
+    fitted.add(fitted.sums(_lists(effects, rng.normal(size=(n, 2)), ahead), _nothing(effects, effects, 1, 1)))
+    fitted.solve()
+    assert fitted.weights[0] == 0 and fitted.weights[1] > 1
 
 
 def test_products_are_of_each_with_each_once() -> None:

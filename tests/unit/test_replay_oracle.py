@@ -123,9 +123,12 @@ def _check(batch: dict[str, np.ndarray], steps: dict[str, StepRow]) -> None:
         assert bool(batch["future_known"][b, 1]) == (second is not None)
         here = _mean_states(row)
         np.testing.assert_allclose(batch["candidate_means"][b, : batch["states"].shape[-1]], here, rtol=1e-6)
-        change = 0 if second is None else _mean_states(second) - here
+        compared = second is not None and (second.candidate_means is None) == (row.candidate_means is None)
+        assert batch["future_change_known"][b] == compared
+        change = _mean_states(second) - here if compared and second is not None else 0
         np.testing.assert_allclose(batch["future_change"][b, : batch["states"].shape[-1]], change, rtol=1e-4)
-        assert batch["cohort"][b] == row.round * 3 + ["explore", "exploit", "control"].index(row.arm)
+        served = row.round * 3 + ["explore", "exploit", "control"].index(row.arm)
+        assert batch["cohort"][b] == 2 * served + (row.candidate_means is not None)
 
 
 def _mean_states(row: StepRow) -> float:

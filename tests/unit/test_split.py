@@ -63,15 +63,24 @@ def test_followers_and_their_columns_follow_the_session() -> None:
     means, steps = rng.normal(size=(5, 3)).astype(np.float32), np.array([0, 4, 3])
     cohort = cohorts(np.array([7, 7, 7, 8, 7]), np.array([0, 0, 0, 0, 2]))
     assert cohort[0] == cohort[1] == cohort[2] and len(set(cohort.tolist())) == 3  # another round, another arm
-    future = long_term_columns(following == -2, steps, chain, means=means, cohorts=cohort)
+    told = np.ones(5, np.float32)
+    future = long_term_columns(following == -2, steps, chain, means=means, told=told, cohorts=cohort)
     assert future["future_known"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
     assert future["future_terminated"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
     np.testing.assert_array_equal(future["candidate_means"], means[steps])
-    np.testing.assert_array_equal(future["cohort"], cohort[steps])
+    assert future["cohort"][0] != future["cohort"][1] and future["cohort"][0] != future["cohort"][2]
+    assert future["future_change_known"].tolist() == [1, 0, 0]
     np.testing.assert_array_equal(future["future_change"][0], means[3] - means[0])  # the second next of 0; the others have none
     assert not future["future_change"][1:].any()
-    one = long_term_columns(following == -2, steps, chain[:, :1], means=means, cohorts=cohort)
-    assert one["future_change"].shape == (3, 3) and not one["future_change"].any()
+    one = long_term_columns(following == -2, steps, chain[:, :1], means=means, told=told, cohorts=cohort)
+    assert one["future_change"].shape == (3, 3) and not one["future_change"].any() and not one["future_change_known"].any()
+    told[3] = 0  # means of the logged pairs are not compared with means of all
+    mixed = long_term_columns(following == -2, steps, chain, means=means, told=told, cohorts=cohort)
+    assert not mixed["future_change"].any() and not mixed["future_change_known"].any()
+    same = long_term_columns(
+        following == -2, np.array([1, 3]), followers(following, np.array([1, 3]), 3), means=means, told=told, cohorts=0 * cohort
+    )
+    assert same["cohort"][0] != same["cohort"][1]
 
 
 def _split(config: Config, **learner: Any) -> Config:
@@ -132,7 +141,7 @@ def test_the_change_of_scores_is_that_of_the_means_over_candidates_around_the_ne
     future, spec = prepare(state, t).future, n.spec
     assert future is not None and 0 < future.change_known.sum() < 16
     for row in range(16):
-        change = t["future_known"][row, 1] * t["future_change"][row]
+        change = t["future_change"][row]
         means = t["candidate_means"][row]
         user = ((means - normaliser.mean) / normaliser.std)[list(spec.request_inputs)]
         np.testing.assert_array_equal(future.given[row, :width], means)

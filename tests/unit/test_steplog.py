@@ -18,6 +18,7 @@ from esrl_ray.replay.buffer import ReplayBuffer
 from esrl_ray.replay.steps import Steps
 from esrl_ray.vocabulary import Ended
 from streaming import logfiles, statefiles, steplog, stepreader, steptable
+from streaming.erase import erase_user
 from streaming.statefiles import STATE_FOLDER
 from streaming.steplog import (
     CommitInfo,
@@ -204,17 +205,25 @@ def test_a_log_of_before_the_means_of_the_candidates_is_read_and_goes_on(
         before.setattr(steptable, "_SCHEMA", older)
         before.setattr(steptable, "check_widths", lambda *_: None)
         before.setattr(steplog, "check_widths", lambda *_: None)
-        fill(tmp_path, config)
+        log = fill(tmp_path, config)
+        log.commit(state(3), rows_to_table([msgspec.structs.replace(step(config, "d"), user_id="v")]))
     (folder,) = tmp_path.rglob("_delta_log")
     assert "candidate_means" not in {field.name for field in DeltaTable(folder.parent).schema().fields}
-    assert read_steps(tmp_path)["candidate_means"].to_pylist() == [None, None]
+    assert read_steps(tmp_path)["candidate_means"].to_pylist() == [None, None, None]
+    erased = erase_user(tmp_path, "w", {"v"}, now_ms=3, dry_run=False)  # by a newer version, before a worker of it has committed
+    assert erased.rows == 1 and read_steps(tmp_path)["step_id"].to_pylist() == ["a", "b"]
     log, means = log_of(tmp_path, config, "two"), np.ones(23, np.float32)
-    assert log.restore() == state(2)
-    log.commit(state(3, "two"), rows_to_table([msgspec.structs.replace(step(config, "c"), candidate_means=means)]))
+    assert log.restore() == state(3)
+    assert "candidate_means" not in {field.name for field in DeltaTable(folder.parent).schema().fields}, (
+        "whoever only looks changes nothing"
+    )
+    log.commit(state(4, "two"), rows_to_table([msgspec.structs.replace(step(config, "c"), candidate_means=means)]))
     merged = read_steps(tmp_path)
     assert merged.schema.equals(schema)
     found = dict(zip(merged["step_id"].to_pylist(), merged["candidate_means"].to_pylist(), strict=True))
     assert found == {"a": None, "b": None, "c": means.tolist()}
+    log.rewrite(state(5, "two"), lambda rows: rows)  # what recomputes rewards, merges and erases writes files like this
+    assert read_steps(tmp_path).equals(merged)
     config = config.model_copy(update={"serve": config.serve.model_copy(update={"list_size": 1, "num_unshown": 2})})
     steps = Steps.from_table(merged, config)
     expected = mean_input(*(steps.columns[name] for name in ("states", "scores", "valid")))

@@ -99,6 +99,11 @@ def shard_differences(
             if not np.array_equal(np.asarray(logged, np.float32).reshape(-1), column[i][:g].reshape(-1)):
                 problems.append(f"{name} of step {tail[i]} is not what the log says")
                 break
+    for i, means in enumerate(ours["candidate_means"].to_pylist()):
+        told, held = contents["columns"]["told"][i], contents["columns"]["candidate_means"][i]
+        if told != (means is not None) or (means is not None and not np.array_equal(np.asarray(means, np.float32), held)):
+            problems.append(f"candidate_means of step {tail[i]} is not what the log says")
+            break
     here = set(tail)
     links = zip(tail, ours["ended"].to_pylist(), ours["next_id"].to_pylist(), strict=True)
     samplable = {i for i, ended, next_id in links if ended == Ended.TERMINATED or (ended == Ended.HAS_NEXT and next_id in here)}

@@ -118,7 +118,7 @@ class ReplayProcess:
 
 
 def contents_of(buffer: ReplayBuffer, step_ids: Sequence[str]) -> dict[str, Any]:
-    """size, lineage, samplable (ids), missing (ids that are not here) and columns ({name: (n, G, ...)} of the others, in order)."""
+    """size, lineage, samplable (ids), missing (ids that are not here) and columns ({name: (n, ...)} of the others, in order)."""
     steps, missing = [], []
     for step_id in step_ids:
         try:
