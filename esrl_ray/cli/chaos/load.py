@@ -234,7 +234,7 @@ class _Sessions:
             actions=columns[2],
             anchor_actions=columns[3],
             fused_scores=columns[4],
-            candidate_means=self._rng.random(spec.num_features + spec.num_scores, np.float32).tobytes(),
+            candidate_means=(columns[0] + columns[1])[-4 * (spec.num_features + spec.num_scores) :],
         )
 
 
