@@ -45,7 +45,8 @@ def test_calls_take_turns_and_warm_up_does_not_count() -> None:
 def test_learner_tables(config: Config) -> None:
     assert names(through_rllib(config, rounds=1)) == ["bare torch loop", "RLlib, local learner"]
     table = ensemble(config, rounds=1, critics=(1, 10), batches=(2, 4))
-    assert [(row[0], row[1], row[-1]) for row in table.rows] == [("1", "2", "1"), ("1", "4", "1"), ("10", "2", "2"), ("10", "4", "2")]
+    assert [(row[0], row[1], row[6]) for row in table.rows] == [("1", "2", "1"), ("1", "4", "1"), ("10", "2", "2"), ("10", "4", "2")]
+    assert all(len(row) == len(table.columns) for row in table.rows)
 
 
 def test_pipeline_table(config: Config) -> None:
