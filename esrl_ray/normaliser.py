@@ -31,8 +31,9 @@ def mean_input(states: Floats, scores: Floats, valid: Floats) -> Floats:
     Returns:
         (B, F + k).
     """
-    share = (valid / np.maximum(valid.sum(1, keepdims=True), 1))[:, None]  # (B, 1, G): means as products, without copies
-    return np.concatenate([(share @ values)[:, 0] for values in (states, np.log(np.maximum(scores, MIN_SCORE)))], -1)
+    share = (valid / np.maximum(valid.sum(1, keepdims=True), 1))[:, None]  # (B, 1, G): means as a product
+    means: Floats = (share @ numeric_input(states, scores))[:, 0]
+    return means
 
 
 @dataclass(frozen=True, slots=True)

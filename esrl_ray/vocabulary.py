@@ -141,7 +141,7 @@ class TransitionBatch(TypedDict):
     has_next: Floats  # (B,) 1 = bootstrap from the next list; 0 = terminated or truncated without one
     terminated: Floats  # (B,) 1 = the user left
     candidate_means: NotRequired[Floats]  # (B, F + k) of the raw numeric input over the request's candidates
-    cohort: NotRequired[Ints]  # (B,) lists of one round and arm have one number
+    cohort: NotRequired[Ints]  # (B,) one number for lists of one round, arm and kind of means
     future_known: NotRequired[Floats]  # (B, H) of the next H lists of the session: 1 = that list is here
     future_terminated: NotRequired[Floats]  # (B, H) 1 = the user left after it
     future_change_known: NotRequired[Floats]  # (B,) 1 = the second next request is there, its means of the same kind

@@ -37,8 +37,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the process once all is said and Python's own exit functions have run, without C++'s.
 
-    Threads of Ray (gRPC, its GCS client), Delta (tokio) and Arrow (jemalloc) outlive `ray.shutdown()`, some 18 of them; they ran into
-    destroyed objects once in CI: 1,635 tests had passed, and the interpreter ended with a segmentation fault.
+    Once in CI 1,635 tests had passed, and the interpreter ended with a segmentation fault. Not reproduced; what is known is that some 18
+    threads of Ray (gRPC, its GCS client), Delta (tokio) and Arrow (jemalloc) outlive `ray.shutdown()` and run on beside the destructors.
     """
     if (status := config.stash.get(_STATUS, None)) is not None:
         atexit._run_exitfuncs()

@@ -16,7 +16,7 @@ class Future:
     """What came after each list, for the split critic."""
 
     given: torch.Tensor  # (B, F + k + products) what was there before the list itself was chosen: means over its candidates, `products`
-    cohort: torch.Tensor  # (B,) lists of one round and arm have one number
+    cohort: torch.Tensor  # (B,) one number for lists of one round, arm and kind of means
     known: torch.Tensor  # (B, H) 1 = the session's next list is there, the one after it, ...
     terminated: torch.Tensor  # (B, H) 1 = the user left after it
     next_request: torch.Tensor  # (B, U) at the next list

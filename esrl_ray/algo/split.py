@@ -119,7 +119,7 @@ class Lists(NamedTuple):
 
     effects: torch.Tensor  # (B, D) psi summed over the shown pairs
     given: torch.Tensor  # (B, C) what was there before the list was chosen, and may tell who stays
-    cohort: torch.Tensor  # (B,) lists of one round and arm have one number
+    cohort: torch.Tensor  # (B,) one number for lists of one round, arm and kind of means
     ahead: torch.Tensor  # (B, 2) `lists_ahead` with the discount `effect_gamma`, and with `gamma`
     ended: torch.Tensor  # (B,) 1 = the user left after the list
     reward: torch.Tensor  # (B,) of the list

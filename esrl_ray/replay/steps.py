@@ -96,7 +96,7 @@ class Steps:
 
         Args:
             keys: `sessions`, `users`, `rounds`, `arms`, each (m,) or one number.
-            columns: All of `columns`, (m, G, ...) each; without `candidate_means` those are of the pairs.
+            columns: All of `columns`, (m, G, ...) each; without `candidate_means` those are of the pairs; `told` is set here, unless given.
 
         Returns:
             (m,) their numbers.
@@ -108,9 +108,9 @@ class Steps:
         numbers = np.arange(self._size, self._size + count)
         if self._size + count > len(self._keys["users"]):
             raise ValueError(f"{self._size} steps and {count} more exceed the capacity of {len(self._keys['users'])}")
+        self._columns["told"][numbers] = "candidate_means" in columns
         if "candidate_means" not in columns:
             self._columns["candidate_means"][numbers] = mean_input(*(columns[name] for name in ("states", "scores", "valid")))
-            self._columns["told"][numbers] = 0
         for name, column in columns.items():
             self._columns[name][numbers] = column
         for name, key in keys.items():

@@ -102,7 +102,6 @@ class SimulatedTraffic:
                 "rewards": rewards_of(behaviours, config.reward) * shown[..., None],
                 "shown": shown,
                 "valid": np.ones_like(shown),
-                "told": np.ones(len(shown), np.float32),
                 "candidate_means": numeric_input(states, page.scores).mean(1, dtype=np.float64),
             },
         )

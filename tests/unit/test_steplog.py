@@ -193,18 +193,39 @@ def test_means_of_the_candidates_are_of_the_step_and_may_be_missing(tmp_path: Pa
         log.commit(state(1), rows_to_table([msgspec.structs.replace(amendment, candidate_means=np.zeros(width, np.float32))]))
 
 
+def older_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tables be made and written as before there were means of the candidates."""
+    older = pa.schema([field for field in step_schema() if field.name != "candidate_means"])
+    for module in (steplog, steptable, logfiles, stepreader):
+        if hasattr(module, "step_schema"):
+            monkeypatch.setattr(module, "step_schema", lambda: older)
+    monkeypatch.setattr(steptable, "_SCHEMA", older)
+    monkeypatch.setattr(steplog, "check_widths", lambda *_: None)
+
+
+def test_a_log_that_goes_back_to_before_the_means_of_the_candidates_goes_on(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        older_version(before)
+        fill(tmp_path, config)
+    log_of(tmp_path, config, "two").rewrite(msgspec.structs.replace(state(3, "two"), reward="another"), lambda rows: rows)
+    (path,) = (tmp_path / "w" / STATE_FOLDER).glob(f"{3:012d}.*")
+    path.unlink()
+    log = log_of(tmp_path, config, "three")
+    assert log.restore() is not None and "candidate_means" not in {field.name for field in DeltaTable(tmp_path / "w").schema().fields}
+    means = np.ones(23, np.float32)
+    log.commit(state(4, "three"), rows_to_table([msgspec.structs.replace(step(config, "c"), candidate_means=means)]))
+    found = dict(zip(*read_steps(tmp_path).select(["step_id", "candidate_means"]).to_pydict().values(), strict=True))
+    assert found == {"a": None, "b": None, "c": means.tolist()}
+
+
 def test_a_log_of_before_the_means_of_the_candidates_is_read_and_goes_on(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema = step_schema()
     with monkeypatch.context() as before:
-        older = pa.schema([field for field in schema if field.name != "candidate_means"])
-        for module in (steplog, steptable, logfiles, stepreader):
-            if hasattr(module, "step_schema"):
-                before.setattr(module, "step_schema", lambda: older)
-        before.setattr(steptable, "_SCHEMA", older)
-        before.setattr(steptable, "check_widths", lambda *_: None)
-        before.setattr(steplog, "check_widths", lambda *_: None)
+        older_version(before)
         log = fill(tmp_path, config)
         log.commit(state(3), rows_to_table([msgspec.structs.replace(step(config, "d"), user_id="v")]))
     (folder,) = tmp_path.rglob("_delta_log")
