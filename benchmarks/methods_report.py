@@ -38,12 +38,12 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         "point of the mean learning curve, on half as many sessions. Share = (reward - control) / (observed-features oracle - control), of "
         "runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
-        f"commits {', '.join(sorted({row.commit for row in rows}))}; {rows[-1].machine}, shared. "
+        f"{', '.join(sorted({row.machine for row in rows}))}, shared. Rows of one table are of several commits, see the last column. "
         "Written by `make bench-methods`.",
         "",
         f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | best round | share "
-        "| pages | watch s | gradient steps | seconds |",
-        "|---|---|" + "---|" * (len(worlds) + 7),
+        "| pages | watch s | gradient steps | seconds | commits |",
+        "|---|---|" + "---|" * (len(worlds) + 8),
     ]
     control, oracle = _reference(rows, CONTROL), _reference(rows, "oracle-observed")
     order = [name for name in [*METHODS, *ORACLES] if any(row.method == name for row in rows)]
@@ -56,6 +56,7 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         cells += [_cell([r.reward for r in mine]), _best_round(mine), _cell([100 * s for s in shares], "%")]
         cells += [f"{np.mean([r.pages for r in mine]):.1f}", f"{np.mean([r.watch_s for r in mine]):.0f}"]
         cells += [f"{np.mean([r.gradient_steps for r in mine]):,.0f}", f"{np.mean([r.seconds for r in mine]):.0f}"]
+        cells += [", ".join(sorted({r.commit[:7] for r in mine}))]
         lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     lines += ["", f"![learning curves]({stem.name}.svg)", ""]
     lines += [f"- **{name}**: {METHODS[name].what}" for name in order if name in METHODS]

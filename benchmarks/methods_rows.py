@@ -23,6 +23,17 @@ NARROW = ("exploration.low=-0.15", "exploration.high=0.15")
 PUBLISHED = (*NARROW, "learner.gamma=0.9", "learner.critics_per_group=2", "learner.actor_lr=3e-4", "learner.temperature=0.3")
 """Bounds and discount of the papers; two critics of each group, because more change nothing here; rate and temperature that worked."""
 
+PAPER = (
+    *PUBLISHED,
+    "learner.critics_per_group=10",
+    "learner.hidden_sizes=[256,128]",
+    "learner.actor=ple",
+    "learner.phi=true",
+    "learner.batch_size=256",
+    "replay.samples_per_insert=6.4",
+)
+"""What configs/paper.yaml sets, in the demo's deployment; with half as many gradient steps a list, because they are slow."""
+
 METHODS = {
     CONTROL: Variant("static", what="control: hand-made weights"),
     "enhancedrl": Variant("enhancedrl", what="this project's default"),
@@ -33,13 +44,24 @@ METHODS = {
     ),
     "enhancedrl-narrow": Variant("enhancedrl", NARROW, what="ablation: the default within the papers' bounds of .15"),
     "enhancedrl-request-noise": Variant("enhancedrl", ("exploration.scope=request",), what="ablation: one noise draw per request"),
+    "enhancedrl-one-round": Variant(
+        "enhancedrl", ("exploration.round_steps=60000",), what="ablation: one round, all lists explore around control"
+    ),
+    "enhancedrl-temperature": Variant("enhancedrl", ("learner.temperature=0.3",), what="ablation: temperature .3 in place of .2"),
     "enhancedrl-ple": Variant("enhancedrl", ("learner.actor=ple",), what="ablation: PLE-like actor"),
     "enhancedrl-list-sum": Variant("enhancedrl-list-sum", PUBLISHED, what="the paper's loss of critics (2 x 2, no phi), listwise actor"),
     "enhancedrl-continuous": Variant("enhancedrl", ("learner.continuous_penalty=true",), what="ablation: a penalty without its jump"),
     "enhancedrl-phi": Variant("enhancedrl-list-sum", (*PUBLISHED, "learner.phi=true"), what="enhancedrl-list-sum with phi"),
     "enhancedrl-per-pair": Variant("enhancedrl-per-pair", PUBLISHED, what="per-pair TD (2 x 2 critics, no phi), listwise actor"),
     "enhancedrl-printed": Variant("enhancedrl-printed", PUBLISHED, what="both losses as printed (2 x 2 critics, no phi, MLP actor)"),
-    "unifiedrl": Variant("unifiedrl", (*PUBLISHED, "learner.critics_per_group=24"), what="one action per request, 2 x 24 critics, no phi"),
+    "enhancedrl-paper": Variant(
+        "enhancedrl-printed",
+        PAPER,
+        what="configs/paper.yaml: published sizes, losses as printed, phi, PLE-like actor; half as many transitions drawn",
+    ),
+    "unifiedrl": Variant("unifiedrl", PUBLISHED, what="one action per request, 2 x 24 critics, no phi"),
+    "unifiedrl-wide": Variant("unifiedrl", what="unifiedrl with bounds, discount and rates of the default, no phi"),
+    "unifiedrl-phi": Variant("unifiedrl", (*PUBLISHED, "learner.phi=true"), what="unifiedrl with phi"),
     "cem": Variant("cem", what="one global vector, cross-entropy method"),
     "cma-es": Variant("cma-es", what="one global vector, CMA-ES"),
     "optuna": Variant("optuna", what="one global vector, Optuna (TPE)"),
@@ -50,6 +72,7 @@ METHODS = {
     "td3": Variant("td3", NARROW, what="one action per request"),
     "td3-bc": Variant("td3-bc", NARROW, what="TD3 with behaviour cloning"),
     "batchrl-mtf": Variant("batchrl-mtf", NARROW, what="BCQ with a VAE, one action per request; its last round, which is not its best"),
+    "batchrl-mtf-satisfaction": Variant("batchrl-mtf-satisfaction", NARROW, what="the same with its own reward, user satisfaction"),
     "sac": Variant("sac", NARROW, what="RLlib's, one action per request, gamma .98"),
     "cql": Variant("cql", NARROW, what="RLlib's, one action per request, gamma .98; half of the gradient steps, because it is slow"),
     "iql": Variant("iql", NARROW, what="RLlib's, one action per request, gamma .98"),

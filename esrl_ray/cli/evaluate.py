@@ -28,7 +28,7 @@ FLATTERED = (
 
 
 @click.command()
-@click.option("--log", required=True, help="A run's folder, a step log, or Parquet of its columns, as `esrl train --log` takes it.")
+@click.option("--log", required=True, help="As `esrl train --log` takes it; Parquet needs num_candidates too.")
 @click.option("--policy", "folder", required=True, type=click.Path(path_type=Path, exists=True), help="Folder of one policy version.")
 @click.option(
     "--against", type=click.Path(path_type=Path, exists=True), help="Policy to compare with; default: the hand-made control policy."
@@ -143,7 +143,8 @@ def _print(report: Mapping[str, Any]) -> None:
                 console.print(f"MTF-GAUC {grouping}: {entry['policy']} {text}", highlight=False)
     for name in ("policy", "against"):
         support = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in report[name]["support"].items())
-        console.print(f"support of {name}: {support}", highlight=False)
+        effective = report[name]["effective_sessions"]
+        console.print(f"support of {name}: {support}, effective sessions of ncis {effective:.1f}", highlight=False)
         for estimate, reason in report[name]["refused"].items():
             console.print(f"refused {estimate} of {name}: {reason}", highlight=False)
     console.print(f"lists {report['digest']}", highlight=False)

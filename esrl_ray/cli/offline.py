@@ -19,7 +19,8 @@ from esrl_ray.cli.logged import ReadLog, read_log
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.offline_run import POLICY, OfflineRun, begin, read_run, save_policy, settings_digest
-from esrl_ray.methods.catalogue import ENHANCEDRL, NAMES, create_method
+from esrl_ray.methods.catalogue import ENHANCEDRL, NAMES, RLLIB_PEERS, WITHOUT_GRADIENTS, create_method
+from esrl_ray.methods.method import Method
 from esrl_ray.policy.policy import Policy
 
 
@@ -120,9 +121,21 @@ def _with_method(
         raise MethodError(f"{asked.method} keeps no checkpoints", "--resume", "start it without --resume")
     if (folder / POLICY).exists():
         raise MethodError("the folder holds a policy", str(folder), "name another folder with --out")
-    if asked.gradient_steps:
-        ratio = asked.gradient_steps * config.learner.batch_size / len(log.steps)
-        config = config.model_copy(update={"replay": config.replay.model_copy(update={"samples_per_insert": ratio})})
-    policy = create_method(asked.method, config, seed=seed).fit(log.steps)
+    policy = _method_of(config, asked, len(log.steps), seed).fit(log.steps)
     folder.mkdir(parents=True, exist_ok=True)
     return policy, {}
+
+
+def _method_of(config: Config, asked: Offline, num_steps: int, seed: int) -> Method:
+    """The method, with the number of gradient steps that was asked for; RLlib's take whole calls of some."""
+    if not asked.gradient_steps:
+        return create_method(asked.method, config, seed=seed)
+    if asked.method in WITHOUT_GRADIENTS:
+        raise MethodError(f"{asked.method} takes no gradient steps", "--steps", "leave it out")
+    if asked.method in RLLIB_PEERS:
+        from esrl_ray.learning.rllib_peers import RLlibPeer
+
+        return RLlibPeer(asked.method, config, seed=seed, gradient_steps=asked.gradient_steps)
+    ratio = asked.gradient_steps * config.learner.batch_size / num_steps
+    replay = config.replay.model_copy(update={"samples_per_insert": ratio})
+    return create_method(asked.method, config.model_copy(update={"replay": replay}), seed=seed)

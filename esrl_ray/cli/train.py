@@ -54,7 +54,8 @@ def train(
     Offline, with --log PATH: train one method on a step log (a run's folder, or its log/<digest>) or on Parquet, and save a policy in
     OUT/policy. EnhancedRL and its variants learn through RLlib, on learner.num_learners learners, with checkpoints: after a kill the same
     command with --resume goes on to the same result. Without --steps there are replay.samples_per_insert x steps / learner.batch_size of
-    them. Users whom policy.held_out_share leaves out are not learnt from: `esrl evaluate` judges by them.
+    them (cql: half as many); RLlib's sac, cql and iql take whole tens. Users whom policy.held_out_share leaves out are not learnt from:
+    `esrl evaluate` judges by them.
 
     \b
     Parquet needs these columns; P = pairs of the step, lists flattened pair by pair:
@@ -71,6 +72,10 @@ def train(
       actions, anchor_actions       list<float>   P x 2k   what was done, and the anchor's, in [-1, 1]
       behaviours                    list<float>   P x number of reward.behaviours
       rewards                       list<float>   P x q    one per reward group
+    and may have:
+      candidate_means               list<float>   F + k    of features and of scores' logarithms over all candidates of the request; the
+                                                           long-term value is noisier without them
+      num_candidates                int32         of the request; `esrl evaluate` needs it
     """
     config = load_config(path, overrides, environment=os.environ)
     if log is not None:

@@ -77,7 +77,7 @@ class RLlibPeer:
         name: `sac`, `cql` or `iql`.
         config: Deployment: discount, batch size, hidden sizes, bounds.
         seed: Of parameters and sampling.
-        gradient_steps: In each `fit`, rounded to whole calls of `UPDATES_PER_CALL`; default: `settings.steps_share`.
+        gradient_steps: In each `fit`, rounded to whole calls of `UPDATES_PER_CALL`, at least one; default: `settings.steps_share`.
         settings: Instead of `SETTINGS`.
 
     Raises:
@@ -108,7 +108,7 @@ class RLlibPeer:
         """
         requests, allowed = self._rounds.begin(steps)
         wanted = allowed * self.settings.steps_share if self._gradient_steps is None else self._gradient_steps
-        calls = round(wanted / UPDATES_PER_CALL)
+        calls = max(1, round(wanted / UPDATES_PER_CALL))
         with TemporaryDirectory(prefix=f"esrl-{self.name}-") as folder, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self._rng.integers(2**62)))
             write_records(to_records(requests, steps.sessions, self._rounds.spec), Path(folder))

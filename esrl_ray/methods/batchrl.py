@@ -61,6 +61,10 @@ class BatchRLSettings:
     explore_std: float | None = 0.2  # of Gaussian exploration; None = uniform in the deployment's bounds
 
 
+SATISFACTION = BatchRLSettings(reward="satisfaction")
+"""With the paper's own reward."""
+
+
 class BatchRLResult(NamedTuple):
     """What one gradient step did."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
-from esrl_ray.methods.batchrl import BatchRL
+from esrl_ray.methods.batchrl import SATISFACTION, BatchRL
 from esrl_ray.methods.enhancedrl import EnhancedRL
 from esrl_ray.methods.method import Method
 from esrl_ray.methods.search import SearchSettings, VectorSearch
@@ -24,9 +24,13 @@ ENHANCEDRL: dict[str, dict[str, Any]] = {
     "enhancedrl-list-sum": {"critic": "list_sum"},
     "enhancedrl-per-pair": {"critic": "per_pair"},
     "enhancedrl-printed": {"critic": "list_sum", "actor_loss": "printed"},
-    "unifiedrl": {"critic": "list_sum", "level": "request", "actor_loss": "printed"},
+    "unifiedrl": {"critic": "list_sum", "level": "request", "actor_loss": "printed", "critics_per_group": 24},
 }
-"""Losses and level of the methods that are EnhancedRL's update; discount, critics, rates and bounds are what the deployment configures."""
+"""Losses and level of the methods that are EnhancedRL's update, and UnifiedRL's published number of critics; discount, rates, bounds and
+the other numbers of critics are what the deployment configures."""
+
+RLLIB_PEERS = ("sac", "cql", "iql")
+"""What RLlib ships."""
 
 SEARCH: dict[str, tuple[MakeSearcher, SearchSettings]] = {
     "cem": (Cem, SearchSettings()),
@@ -57,13 +61,16 @@ METHODS: dict[str, Make] = {
     "td3": lambda name, config, seed: Td3(name, config, seed=seed),
     "td3-bc": lambda name, config, seed: Td3(name, config, seed=seed, settings=TD3_BC),
     "batchrl-mtf": lambda name, config, seed: BatchRL(name, config, seed=seed),
-    **dict.fromkeys(("sac", "cql", "iql"), _rllib_peer),
+    "batchrl-mtf-satisfaction": lambda name, config, seed: BatchRL(name, config, seed=seed, settings=SATISFACTION),
+    **dict.fromkeys(RLLIB_PEERS, _rllib_peer),
     **dict.fromkeys(SEARCH, _search),
     "supervised": lambda name, config, seed: Supervised(name, config, seed=seed),
     "supervised-weights": lambda name, config, seed: SupervisedWeights(name, config, seed=seed),
     "static": lambda name, config, seed: Static(name, config),
 }
 NAMES = tuple(METHODS)
+WITHOUT_GRADIENTS = (*SEARCH, "static")
+"""What takes no gradient steps."""
 
 
 def create_method(name: str, config: Config, *, seed: int) -> Method:

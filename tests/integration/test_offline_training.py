@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -27,7 +28,9 @@ from esrl_ray.errors import MethodError
 from esrl_ray.learning.algorithm import EnhancedRLConfig
 from esrl_ray.learning.offline import OfflineTraining
 from esrl_ray.learning.offline_run import OfflineRun, begin, settings_digest
+from esrl_ray.methods.catalogue import ENHANCEDRL, WITHOUT_GRADIENTS
 from esrl_ray.policy.policy import Policy, PolicyKind
+from esrl_ray.policy.store import PolicyStore
 from esrl_ray.ports import free_ports
 from esrl_ray.replay.steps import Steps
 from streaming.steplog import StepLog, WorkerState
@@ -165,12 +168,35 @@ def test_the_command_learns_and_resumes(step_log: Path, tmp_path: Path) -> None:
     assert "version 2 serves, and is the anchor of round 1" in published.output, published.exception
 
 
-def test_the_number_of_gradient_steps_holds_for_other_methods(step_log: Path, tmp_path: Path) -> None:
-    sets = [part for text in SET for part in ("--set", text)]
-    arguments = ["--config", "configs/demo.yaml", *sets, "--log", str(step_log), "--method", "td3", "--steps", "20"]
-    result = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path)])
+@pytest.mark.parametrize(("method", "asked", "done"), [("td3", 20, 20), ("supervised", 20, 20), ("cql", 4, 10), ("iql", 20, 20)])
+def test_the_number_of_gradient_steps_holds_for_other_methods(method: str, asked: int, done: int, step_log: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, [*command_of(step_log, tmp_path), "--method", method, "--steps", str(asked)])
     assert result.exit_code == 0, (result.output, result.exception)
-    assert Policy.load(tmp_path / "policy").manifest.gradient_steps == 20
+    assert Policy.load(tmp_path / "policy").manifest.gradient_steps == done
+    assert f"gradient steps  {done}" in result.output
+
+
+@pytest.mark.parametrize("method", WITHOUT_GRADIENTS)
+def test_a_method_without_gradients_refuses_a_number_of_them(method: str, step_log: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, [*command_of(step_log, tmp_path), "--method", method, "--steps", "20"])
+    assert isinstance(result.exception, MethodError) and "takes no gradient steps" in str(result.exception)
+
+
+@pytest.mark.parametrize("method", ENHANCEDRL)
+def test_each_kin_of_enhancedrl_learns_through_rllib_and_serves(method: str, step_log: Path, steps: Steps, tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, [*command_of(step_log, tmp_path), "--method", method, "--steps", "8"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    policy = Policy.load(tmp_path / "policy")
+    assert policy.manifest.gradient_steps == 8 and policy.manifest.kind is (
+        PolicyKind.REQUEST if method == "unifiedrl" else PolicyKind.PAIR
+    )
+    store = PolicyStore(tmp_path / "store", deployment(), clock_ms=lambda: 1_000)
+    assert store.publish(policy.to_bytes(), steps.transitions(np.arange(32))) == 2
+
+
+def command_of(step_log: Path, out: Path) -> list[str]:
+    sets = [part for text in SET for part in ("--set", text)]
+    return ["--config", "configs/demo.yaml", *sets, "--log", str(step_log), "--out", str(out)]
 
 
 def test_a_killed_command_goes_on_to_the_same_policy(steps: Steps, tmp_path: Path) -> None:
