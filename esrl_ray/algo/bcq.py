@@ -115,7 +115,7 @@ def bcq_target(rewards: torch.Tensor, next_values: torch.Tensor, has_next: torch
 def chosen_actions(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """`pi(s) = argmax_i Q(s, a_i)`: of candidates (B, n, A) the one with the largest value (B, n), (B, A)."""
     assert values.shape == candidates.shape[:2], (values.shape, candidates.shape)
-    return candidates[torch.arange(len(values)), values.argmax(1)]
+    return candidates[torch.arange(len(values), device=values.device), values.argmax(1)]
 
 
 def distillation_loss(actions: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 from ray.rllib.offline.offline_data import OfflineData
 
 from esrl_ray.algo.actor import Actor
+from esrl_ray.algo.device import pick_device
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.offline_input import LoggedRequests, to_records, write_records
@@ -189,7 +190,8 @@ def build(
         )
     )
     rllib.offline_data(input_=folder, offline_data_class=source, dataset_num_iters_per_learner=UPDATES_PER_CALL)
-    rllib.learners(num_learners=0, num_gpus_per_learner=0).env_runners(num_env_runners=0)
+    gpus = int(pick_device(learner.device).type == "cuda")
+    rllib.learners(num_learners=0, num_gpus_per_learner=gpus).env_runners(num_env_runners=0)
     rllib.framework("torch", torch_skip_nan_gradients=True).debugging(seed=seed, log_level="ERROR")
     rllib.reporting(min_time_s_per_iteration=0, min_train_timesteps_per_iteration=0, min_sample_timesteps_per_iteration=0)
     return rllib.build_algo()

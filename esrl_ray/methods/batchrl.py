@@ -17,6 +17,7 @@ A served policy is a deterministic network, so that the argmax over sampled cand
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 
 from esrl_ray.algo import bcq, td3
 from esrl_ray.algo.actor import START_SCALE, Actor
+from esrl_ray.algo.device import moved
 from esrl_ray.algo.losses import soft_update
 from esrl_ray.algo.networks import Critics
 from esrl_ray.config import Config
@@ -91,7 +93,8 @@ class BatchRL:
         self.name, self.settings, self._config = name, settings or BatchRLSettings(), config
         self._rounds = RequestRounds(name, config, seed=seed)
         self._noise = torch.Generator().manual_seed(seed)
-        self._mean, self._std = torch.zeros(self._rounds.spec.num_actions), torch.ones(self._rounds.spec.num_actions)
+        width, device = self._rounds.spec.num_actions, self._rounds.device
+        self._mean, self._std = torch.zeros(width, device=device), torch.ones(width, device=device)
         self.distillation_error = float("nan")
         self.satisfaction: Floats | None = None
         spec, learner = self._rounds.spec, config.learner
@@ -103,6 +106,8 @@ class BatchRL:
             )
             self.critics = Critics(spec, 1, NUM_CRITICS, hidden_sizes=learner.hidden_sizes, embedding_size=learner.embedding_size)
             self.actor = Actor(spec, learner.hidden_sizes, learner.embedding_size, level="request")
+        for network in (self.generator, self.perturbation, self.critics, self.actor):
+            network.to(self._rounds.device)
         with torch.no_grad():
             for parameter in self.perturbation.layers[-1].parameters():
                 parameter.mul_(START_SCALE)
@@ -126,10 +131,11 @@ class BatchRL:
         """
         requests, num_updates = self._rounds.begin(steps, rewards=self._rewards(steps))
         if self._rounds.gradient_steps == 0:
-            self._mean, self._std = requests.actions.mean(0), requests.actions.std(0, correction=0).clamp_min(1e-3)
+            mean, std = requests.actions.mean(0), requests.actions.std(0, correction=0).clamp_min(1e-3)
+            self._mean, self._std = mean.to(self._rounds.device), std.to(self._rounds.device)
         recent = self._recent(requests.samplable, steps)
         for _ in range(num_updates):
-            self.update(requests.batch(self._rounds.draw(recent)))
+            self.update(requests.batch(self._rounds.draw(recent)).on(self._rounds.device))
         self._distil(requests, recent)
         return self._rounds.publish(self.actor, note=f"{self.name}: distilled, {self.distillation_error:.4f} off the chosen actions")
 
@@ -138,7 +144,7 @@ class BatchRL:
         settings, numeric, codes = self.settings, batch.numeric, batch.categorical
         logged = (batch.actions - self._mean) / self._std
         mean, log_std = self.generator.encode(numeric, codes, logged)
-        latents = mean + log_std.exp() * torch.randn(mean.shape, generator=self._noise)
+        latents = mean + log_std.exp() * self._drawn(mean.shape)
         decoded = self.generator.decode(numeric, codes, latents)
         generator_loss = bcq.generator_loss(decoded, logged, mean=mean, log_std=log_std, kl_weight=settings.kl_weight)
         minimise(generator_loss, self._generator_optimiser)
@@ -188,11 +194,15 @@ class BatchRL:
         """(B, n, A) perturbed actions of sampled latents; only the perturbation is differentiated."""
         numeric, categorical = (x.unsqueeze(1).expand(-1, n, -1) for x in (numeric, categorical))
         clip = self.settings.latent_clip
-        latents = torch.randn(len(numeric), n, generator.num_latent, generator=self._noise).clamp(-clip, clip)
+        latents = self._drawn((len(numeric), n, generator.num_latent)).clamp(-clip, clip)
         with torch.no_grad():
             standard = generator.decode(numeric, categorical, latents)
             actions = (self._mean + self._std * standard).clamp(-1.0, 1.0)
         return bcq.perturbed_actions(actions, perturbation(numeric, categorical, standard), rho=self.settings.rho)
+
+    def _drawn(self, shape: Sequence[int]) -> torch.Tensor:
+        """Standard normal numbers, the same on every device."""
+        return torch.randn(*shape, generator=self._noise).to(self._rounds.device)
 
     def _rewards(self, steps: Steps) -> Floats | None:
         if self.settings.reward == "deployment":
@@ -212,7 +222,7 @@ class BatchRL:
     def _distil(self, requests: Requests, recent: Indices) -> None:
         """Train the served actor on the chosen actions of the newest requests."""
         newest = torch.from_numpy(recent[-self.settings.distil_requests :])
-        numeric, codes = requests.numeric[newest], requests.categorical[newest]
+        numeric, codes = (moved(column[newest], self._rounds.device) for column in (requests.numeric, requests.categorical))
         chosen, held_out = self.act(numeric, codes), np.arange(len(newest)) % 8 == 0
         taught = np.flatnonzero(~held_out) if len(newest) > 1 else np.arange(1)
         for _ in range(self.settings.distil_steps):

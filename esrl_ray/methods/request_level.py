@@ -6,13 +6,14 @@ exploration draws per request). Reward: the sum over the shown pairs and the rew
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
 import torch
 
 from esrl_ray.algo.actor import Actor
+from esrl_ray.algo.device import moved, pick_device
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.methods.method import Exploration, require
@@ -35,6 +36,10 @@ class RequestBatch:
     next_categorical: torch.Tensor  # (B, C) int64
     terminated: torch.Tensor  # (B,) 1 = the user left
     has_next: torch.Tensor  # (B,) 1 = a next list follows: what a bootstrap is multiplied by
+
+    def on(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(**{field.name: moved(getattr(self, field.name), device) for field in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,7 @@ class RequestRounds:
 
     def __init__(self, name: str, config: Config, *, seed: int) -> None:
         self.name, self.config, self.spec = name, config, config.spec.build()
+        self.device = pick_device(config.learner.device)
         self.gradient_steps = self.round = 0
         self._rng, self._seen = np.random.default_rng(seed), 0
         self._normaliser: Normaliser | None = None
@@ -167,7 +173,7 @@ class RequestRounds:
             gradient_steps=self.gradient_steps,
             note=note or self.name,
         )
-        parameters: dict[str, Floats] = {k: v.detach().numpy().copy() for k, v in actor.state_dict().items()}
+        parameters: dict[str, Floats] = {k: v.detach().cpu().numpy().copy() for k, v in actor.state_dict().items()}
         self._centre = Policy.of(manifest, parameters, self._normaliser)
         self.round += 1
         return self._centre

@@ -13,6 +13,7 @@ import torch
 
 from esrl_ray.algo import losses
 from esrl_ray.algo.actor import Actor, PairNetwork
+from esrl_ray.algo.device import moved, pick_device
 from esrl_ray.algo.losses import Bounds
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
@@ -51,6 +52,7 @@ class ListRounds:
 
     def __init__(self, name: str, config: Config, *, seed: int) -> None:
         self.name, self.config, self.spec = name, config, config.spec.build()
+        self.device = pick_device(config.learner.device)
         self.gradient_steps = self.round = 0
         self._rng, self._seen = np.random.default_rng(seed), 0
         self._normaliser: Normaliser | None = None
@@ -89,13 +91,9 @@ class ListRounds:
         names = ("states", "categorical", "scores", "rewards", "shown")
         states, codes, scores, rewards, shown = (c[name][drawn[:, None], pairs] for name in names)
         numeric = (numeric_input(states, scores) - self._normaliser.mean) / self._normaliser.std
-        return Lists(
-            numeric=torch.from_numpy(numeric),
-            categorical=torch.from_numpy(codes.astype(np.int64)),
-            scores=torch.from_numpy(scores),
-            rewards=torch.from_numpy(rewards @ self._group_weights / np.float32(self._scale)),
-            shown=torch.from_numpy(shown),
-        )
+        worth = rewards @ self._group_weights / np.float32(self._scale)
+        columns = (numeric, codes.astype(np.int64), scores, worth, shown)
+        return Lists(*(moved(torch.from_numpy(column), self.device) for column in columns))
 
     def publish(self, network: PairNetwork, kind: PolicyKind) -> Policy:
         """The network as a policy."""
@@ -112,7 +110,7 @@ class ListRounds:
             note=self.name,
         )
         self.round += 1
-        parameters: dict[str, Floats] = {k: v.detach().numpy().copy() for k, v in network.state_dict().items()}
+        parameters: dict[str, Floats] = {k: v.detach().cpu().numpy().copy() for k, v in network.state_dict().items()}
         return Policy.of(manifest, parameters, self._normaliser)
 
 
@@ -129,7 +127,8 @@ class Supervised:
         self.name, self._rounds, learner = name, ListRounds(name, config, seed=seed), config.learner
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = PairNetwork(self._rounds.spec, learner.hidden_sizes, learner.embedding_size, num_outputs=1)
+            network = PairNetwork(self._rounds.spec, learner.hidden_sizes, learner.embedding_size, num_outputs=1)
+        self.network = network.to(self._rounds.device)
         self._optimiser = torch.optim.Adam(self.network.parameters(), lr=PREDICTOR_LR, foreach=True)
 
     def exploration(self) -> Exploration:
@@ -147,12 +146,12 @@ class Supervised:
             self.update(self._rounds.draw(steps, lists))
         return self._rounds.publish(self.network, PolicyKind.SCORE)
 
-    def update(self, batch: Lists) -> float:
-        """One gradient step; the loss before it."""
+    def update(self, batch: Lists) -> torch.Tensor:
+        """One gradient step; the loss before it, on the device."""
         loss = reward_loss(self.network(batch.numeric, batch.categorical)[..., 0], batch.rewards, batch.shown)
         minimise(loss, self._optimiser)
         self._rounds.gradient_steps += 1
-        return loss.item()
+        return loss.detach()
 
 
 class SupervisedWeights:
@@ -169,7 +168,8 @@ class SupervisedWeights:
         self._bounds = Bounds(config.exploration.low, config.exploration.high)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.actor = Actor(self._rounds.spec, self._learner.hidden_sizes, self._learner.embedding_size)
+            actor = Actor(self._rounds.spec, self._learner.hidden_sizes, self._learner.embedding_size)
+        self.actor = actor.to(self._rounds.device)
         self._optimiser = torch.optim.Adam(self.actor.parameters(), lr=WEIGHTS_LR, foreach=True)
         self._anchor = Policy.static(self._rounds.spec)
 
@@ -191,8 +191,8 @@ class SupervisedWeights:
         self._anchor = self._rounds.publish(self.actor, PolicyKind.PAIR)
         return self._anchor
 
-    def update(self, batch: Lists, anchors: torch.Tensor) -> float:
-        """One gradient step; the loss before it. `anchors` (B, L, A)."""
+    def update(self, batch: Lists, anchors: torch.Tensor) -> torch.Tensor:
+        """One gradient step; the loss before it, on the device. `anchors` (B, L, A)."""
         learner, actions = self._learner, self.actor(batch.numeric, batch.categorical)
         over = losses.excess(actions, anchors, self._bounds)
         loss = losses.listwise_actor_loss(
@@ -205,14 +205,14 @@ class SupervisedWeights:
         )
         minimise(loss, self._optimiser)
         self._rounds.gradient_steps += 1
-        return loss.item()
+        return loss.detach()
 
     def _anchor_actions(self, anchor: Policy, batch: Lists) -> torch.Tensor:
         if anchor.manifest.kind is PolicyKind.STATIC:
-            return torch.zeros(())
+            return batch.numeric.new_zeros(())
         with torch.no_grad():
-            actions: torch.Tensor = anchor.network(batch.numeric, batch.categorical)
-        return actions
+            actions: torch.Tensor = anchor.network(batch.numeric.cpu(), batch.categorical.cpu())
+        return actions.to(batch.numeric.device)
 
 
 def reward_loss(predicted: torch.Tensor, rewards: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:

@@ -71,10 +71,9 @@ class Td3:
         self._noise = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.actor = Actor(self._rounds.spec, learner.hidden_sizes, learner.embedding_size, level="request")
-            self.critics = Critics(
-                self._rounds.spec, 1, NUM_CRITICS, hidden_sizes=learner.hidden_sizes, embedding_size=learner.embedding_size
-            )
+            actor = Actor(self._rounds.spec, learner.hidden_sizes, learner.embedding_size, level="request")
+            critics = Critics(self._rounds.spec, 1, NUM_CRITICS, hidden_sizes=learner.hidden_sizes, embedding_size=learner.embedding_size)
+        self.actor, self.critics = actor.to(self._rounds.device), critics.to(self._rounds.device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self._actor_optimiser = torch.optim.Adam(list(self.actor.parameters()), lr=self.settings.actor_lr, fused=True)
@@ -92,14 +91,14 @@ class Td3:
         """
         requests, num_updates = self._rounds.begin(steps)
         for _ in range(num_updates):
-            self.update(requests.batch(self._rounds.draw(requests.samplable)))
+            self.update(requests.batch(self._rounds.draw(requests.samplable)).on(self._rounds.device))
         return self._rounds.publish(self.actor)
 
     def update(self, batch: RequestBatch) -> Td3Result:
         """One gradient step of the critics; every `policy_delay` of them one of the actor and of the targets."""
         settings = self.settings
         with torch.no_grad():
-            noise = settings.target_noise * torch.randn(batch.actions.shape, generator=self._noise)
+            noise = settings.target_noise * torch.randn(batch.actions.shape, generator=self._noise).to(batch.actions.device)
             following = self.target_actor(batch.next_numeric, batch.next_categorical)
             following = td3.smoothed_actions(following, noise, noise_clip=settings.noise_clip)
             next_values = self.values(self.target_critics, batch.next_numeric, batch.next_categorical, following)
