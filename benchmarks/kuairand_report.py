@@ -150,9 +150,9 @@ dev, when that is above 0, else CEM.
 NOTES = """
 - `permuted-actions` is a diagnostic, no placebo that must fail: the listwise actor learns what pairs are worth and moves their scores
   through the known formula, so it needs the logged actions little. It and `enhancedrl-printed` ran with one seed.
-- `enhancedrl-per-pair` is what `configs/kuairand.yaml` serves: gamma is 0, so that a critic's target is the pair's own reward. It ran
-  without placebos. Gains over control were measured from a later commit on: rows without them are of before.
-  Commit d1ed2f6d52 is a53c37d before a rebase.
+- `enhancedrl-per-pair` is what `configs/kuairand.yaml` serves: gamma is 0, so that a critic's target is the pair's own reward. Its placebos
+  ran last. Gains over control were measured from a later commit on: rows without them are of before. Commit d1ed2f6d52 is a53c37d before a
+  rebase. Rows of `enhancedrl-split` are older than the present f, which is 0 with gamma 0.
 - `supervised` is weights per pair by a pairwise loss on all logged exposures (the RL methods see the shown half), within +-.15 of CEM;
   `supervised-full` has the whole range; `supervised-user` gives one vector per user. RL may go further than +-.15, round by round.
 - `user-only` ranks by user features, `tab` by the mean label of the tab: user x tab is the grouping in which the tab tells nothing.
