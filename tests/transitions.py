@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from esrl_ray.config import Config
 from esrl_ray.normaliser import mean_input
 from esrl_ray.vocabulary import TransitionBatch
+
+
+def with_learner(config: Config, **learner: Any) -> Config:
+    """The deployment with other settings of `learner`, small by default; checked, so that no test is of what a deployment cannot be."""
+    small = {"hidden_sizes": (16,), "batch_size": 8}
+    return Config.model_validate({**dict(config), "learner": {**config.learner.model_dump(), **small, **learner}})
+
+
+def with_codes(config: Config) -> Config:
+    """The deployment with a categorical feature of the item and one of the request."""
+    features = [{"name": "tag", "cardinality": 7, "side": "item"}, {"name": "tab", "cardinality": 4, "side": "context"}]
+    return Config.model_validate({**dict(config), "spec": {**config.spec.model_dump(), "categorical_features": features}})
 
 
 def make_transitions(
