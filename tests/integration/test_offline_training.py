@@ -18,21 +18,27 @@ import pytest
 import ray
 from click.testing import CliRunner
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.util.state import list_actors
 
 from esrl_ray.actors import NAMESPACE
+from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.cli.train import train
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.algorithm import EnhancedRLConfig
+from esrl_ray.learning.logged_anchor import logged_anchor
 from esrl_ray.learning.offline import OfflineTraining
 from esrl_ray.learning.offline_run import OfflineRun, begin, settings_digest
+from esrl_ray.learning.rounds import fit_scales
+from esrl_ray.learning.steps_feed import StepsFeed
 from esrl_ray.methods.catalogue import ENHANCEDRL, WITHOUT_GRADIENTS
 from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.policy.store import PolicyStore
 from esrl_ray.ports import free_ports
 from esrl_ray.replay.steps import Steps
+from esrl_ray.vocabulary import Floats
 from streaming.steplog import StepLog, WorkerState
 from tests.step_tables import simulated_steps, step_table
 
@@ -231,10 +237,34 @@ def dashboard() -> Iterator[str]:
     ray.shutdown()
 
 
-def test_two_learners_learn_from_twice_the_transitions(steps: Steps, learnt: Policy, dashboard: str, tmp_path: Path) -> None:
-    result = training(steps, tmp_path, deployment("learner.num_learners=2")).run(threading.Event())
+def with_twice_the_batch(steps: Steps, config: Config, num_calls: int) -> dict[str, Floats]:
+    """The actor that one learner of the core learns from what two draw, each batch as long as both together."""
+    state, size = LearnState.create(config, device="cpu"), config.learner.batch_size
+    feed = StepsFeed(steps, config, 2, by_reference=False)
+    state.networks.set_scales(*fit_scales(feed.spread()), fold=False)
+    assert logged_anchor(steps, config) is None  # else learning would begin there
+    for _ in range(num_calls):
+        drawn = feed.next(0.0)
+        assert drawn is not None
+        one, other = (dict(batch[DEFAULT_MODULE_ID]) for batch in drawn[1])
+        assert not np.array_equal(one["states"], other["states"])
+        for i in range(config.learner.updates_per_call):
+            part = slice(i * size, (i + 1) * size)
+            both = {name: np.concatenate([column[part], other[name][part]]) for name, column in one.items()}
+            assert len(both["states"]) == 2 * size
+            update(state, prepare(state, both))
+    return {name: value.numpy() for name, value in state.networks.actor.state_dict().items()}
+
+
+def test_two_learners_learn_from_twice_the_transitions(steps: Steps, dashboard: str, tmp_path: Path) -> None:
+    """With the losses that are means over lists, as one learner does whose batches are theirs together."""
+    config = deployment("learner.num_learners=2", "learner.critic=list_sum", "learner.actor_loss=printed", "learner.seed=5")
+    result = training(steps, tmp_path, config).run(threading.Event())
     assert result.policy is not None and result.gradient_steps == NUM_GRADIENT_STEPS
-    assert result.policy.manifest.digest != learnt.manifest.digest
+    expected = with_twice_the_batch(steps, config, NUM_GRADIENT_STEPS // config.learner.updates_per_call)
+    assert expected.keys() == result.policy.parameters.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(result.policy.parameters[name], value, atol=1e-5, err_msg=name)
 
 
 def test_a_job_survives_kill_9_of_its_learner(step_log: Path, learnt: Policy, dashboard: str, tmp_path: Path) -> None:
