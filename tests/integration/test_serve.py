@@ -25,7 +25,7 @@ import torch
 from ray.actor import ActorHandle
 
 from esrl_ray.actors import NAMESPACE
-from esrl_ray.algo.actor import Actor, PairNetwork
+from esrl_ray.algo.actor import Actor, ActorShape, PairNetwork, make_actor
 from esrl_ray.cli import watchdog
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import RequestError
@@ -100,8 +100,8 @@ def learnt(config: Config, seed: int) -> bytes:
     return Policy.of(manifest, parameters, Normaliser.identity(spec)).to_bytes()
 
 
-def of_kind(kind: PolicyKind, config: Config) -> Policy:
-    """A policy of a kind, with parameters drawn at random."""
+def of_kind(kind: PolicyKind, config: Config, shape: ActorShape = "mlp") -> Policy:
+    """A policy of a kind and shape of actor, with parameters drawn at random."""
     spec = config.spec.build()
     if kind is PolicyKind.STATIC:
         return Policy.static(spec, np.linspace(-0.5, 0.5, spec.num_actions, dtype=np.float32), note="static")
@@ -109,9 +109,9 @@ def of_kind(kind: PolicyKind, config: Config) -> Policy:
     network = (
         PairNetwork(spec, (16,), 8, num_outputs=1)
         if kind is PolicyKind.SCORE
-        else Actor(spec, (16,), 8, level="request" if kind is PolicyKind.REQUEST else "pair")
+        else make_actor(spec, (16,), 8, level="request" if kind is PolicyKind.REQUEST else "pair", shape=shape)
     )
-    manifest = Manifest(version=0, digest="", kind=kind, spec=spec, hidden_sizes=(16,), embedding_size=8)
+    manifest = Manifest(version=0, digest="", kind=kind, spec=spec, hidden_sizes=(16,), embedding_size=8, actor=shape)
     parameters = {name: value.detach().numpy() for name, value in network.state_dict().items()}
     return Policy.of(manifest, parameters, Normaliser.identity(spec))
 
@@ -273,9 +273,12 @@ def test_a_round_and_a_pin_by_command_reach_every_replica(endpoint: Endpoint) ->
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("kind", list(PolicyKind))
-def test_a_policy_of_each_kind_serves_its_own_ranking(endpoint: Endpoint, kind: PolicyKind) -> None:
-    config, policy = endpoint.config, of_kind(kind, endpoint.config)
+SHAPES: list[tuple[PolicyKind, ActorShape]] = [*((kind, "mlp") for kind in PolicyKind), (PolicyKind.PAIR, "ple")]
+
+
+@pytest.mark.parametrize(("kind", "shape"), SHAPES)
+def test_a_policy_of_each_kind_serves_its_own_ranking(endpoint: Endpoint, kind: PolicyKind, shape: ActorShape) -> None:
+    config, policy = endpoint.config, of_kind(kind, endpoint.config, shape)
     body = request(config, 7) | {"user_id": next(f"u{n}" for n in range(1000) if arm_of(f"u{n}", config.exploration) is Arm.EXPLOIT)}
     parsed = parse(json.dumps(body).encode(), config.spec.build(), config)
     _, fused = policy.fuse(parsed.states, parsed.categorical, parsed.scores)

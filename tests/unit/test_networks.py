@@ -89,6 +89,31 @@ def test_each_score_of_a_ple_actor_has_its_own_tower_and_expert() -> None:
     assert bool((per_expert[: PleActor.SHARED + 1] > 0).all()) and float(per_expert[-1]) == 0
 
 
+@pytest.mark.parametrize("own", [1, 2])
+def test_a_ple_actor_is_gates_over_experts_then_a_tower_for_each_score(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop over pairs, scores and experts, with every parameter drawn at random."""
+    monkeypatch.setattr(PleActor, "OWN", own)
+    torch.manual_seed(0)
+    actor, shared, h = PleActor(SPEC, (6, 4), 5), PleActor.SHARED, 6
+    for parameter in actor.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    p = {name: value.detach().double() for name, value in actor.named_parameters()}
+    numeric, codes = torch.randn(N, 5), _inputs()[2]
+    for pair, found in enumerate(actor(numeric, codes).detach().double()):
+        x = torch.cat([numeric[pair].double(), *(p[f"embeddings.{c}.weight"][codes[pair, c]] for c in range(2))])
+        experts = [
+            torch.relu(p["experts.weight"][e * h : e * h + h] @ x + p["experts.bias"][e * h : e * h + h]) for e in range(shared + 2 * own)
+        ]
+        for score in range(2):
+            mine = [*experts[:shared], *experts[shared + score * own : shared + (score + 1) * own]]
+            logits = [p["gates.weight"][i] @ x + p["gates.bias"][i] for i in range(score * len(mine), (score + 1) * len(mine))]
+            total = sum(logit.exp() for logit in logits)
+            mixed = torch.stack([logit.exp() / total * expert for logit, expert in zip(logits, mine, strict=True)]).sum(0)
+            hidden = torch.relu(mixed @ p["tower"][score] + p["tower_bias"][score])
+            power, bias = torch.tanh(hidden @ p["ends"][score] + p["end_bias"][score])
+            assert found[[score, 2 + score]].tolist() == pytest.approx([float(power), float(bias)], abs=1e-5)
+
+
 def test_an_actor_of_requests_gives_all_pairs_of_a_request_the_same_action() -> None:
     torch.manual_seed(0)
     for kind in (Actor, PleActor):
