@@ -15,12 +15,13 @@ from esrl_ray.config import Config
 from esrl_ray.errors import ConfigError, InputDataError, MethodError
 from esrl_ray.evaluation.estimators import CONSERVATIVE, Draws, FixedPoint, Paths, doubly_robust, ncis
 from esrl_ray.evaluation.list_features import mean_so_far
-from esrl_ray.evaluation.metrics import label_of, shown_pairs
+from esrl_ray.evaluation.metrics import group_auc, label_of, shown_pairs
 from esrl_ray.evaluation.offline import Estimate, OffPolicy, Settings
 from esrl_ray.evaluation.support import Lists, SupportLimits, effective_size, inclusion
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import CUT, LEFT, Steps
 from tests.step_tables import write_log
+from tests.transitions import with_codes
 from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
 
 NO_LIMITS = SupportLimits(0, 0, 0.0, 0.0, 0.0, max_width=1e9)
@@ -158,6 +159,19 @@ def test_the_value_per_list_by_importance_sampling_is_the_reward_of_the_item(set
         assert asked.value(vector(setting, action)).estimates["ncis_list"].mean == pytest.approx(reward, rel=0.05)
 
 
+def test_ncis_per_session_is_the_value_that_is_known_in_closed_form_near_the_anchor(setting: Config) -> None:
+    """Near it no product of ratios reaches the cap. With the log's kernel it is the value of the policy with the log's noise around it."""
+    rewards, leaves = (1.0, 0.2), (0.1, 0.5)
+    asked = OffPolicy(log_of(setting, rewards, leaves, sessions=3_000, seed=0), setting, num_candidates=2, seed=0, settings=FAST)
+    for action, truth in ((0.0, 2.0), (0.03, 2.568), (-0.03, 1.558)):
+        # A wins when (a + u_A) .718 > (a + u_B) .0488, hence with p = 1/2 + a (1 - .0488 / .718) / .3, as u is within .15 of 0.
+        p = 0.5 + action * (1 - 0.0488 / 0.718) / 0.3
+        assert (p * rewards[0] + (1 - p) * rewards[1]) / (p * leaves[0] + (1 - p) * leaves[1]) == pytest.approx(truth, abs=1e-3)
+        value = asked.value(vector(setting, action))
+        assert value.effective_sessions > 2_000
+        assert value.estimates["ncis"].mean == pytest.approx(truth, rel=0.05), action  # at most 4.1 % off with six seeds
+
+
 def test_paired_differences_are_narrower_than_the_two_intervals(setting: Config, asked: OffPolicy) -> None:
     near = asked.value(vector(setting, 0.02)).estimates["fqe"]
     control = asked.value(vector(setting, 0.01)).estimates["fqe"]
@@ -229,6 +243,27 @@ def test_shown_pairs_carry_label_weight_and_user(config: Config) -> None:
     assert shown_pairs(steps, config, label=(1, 10.0), plus_one=False).weights.tolist() == [0.75, 0.0]
     with pytest.raises(ConfigError, match="no categorical feature"):
         shown_pairs(steps, config, label=(1, 10.0), context="tab")
+
+
+def test_shown_pairs_are_grouped_by_user_and_context(config: Config) -> None:
+    """User 7 in tab 1, in tab 2, user 8 in tab 1: what is ranked rightly in each tab is not over both."""
+    config = with_codes(config)
+    steps = Steps(config, 3)
+    columns = {name: column[:3].copy() for name, column in Steps(config, 3)._columns.items()}
+    columns["shown"][:, :2] = columns["valid"][:, :3] = 1
+    columns["behaviours"][:, 0, 2] = 1  # a like of the first pair
+    columns["categorical"][..., 1] = np.array([1, 2, 1])[:, None]
+    columns["categorical"][..., 0] = np.arange(config.max_pairs) % 7  # of items: they group nothing
+    steps.add({"sessions": [0, 1, 2], "users": [7, 7, 8], "rounds": 0, "arms": 0}, columns)
+    pairs = shown_pairs(steps, config, label=(2, 0.5), context="tab")
+    assert pairs.labels.tolist() == [1, 0, 1, 0, 1, 0] and pairs.user.tolist() == [7, 7, 7, 7, 8, 8]
+    assert pairs.groups["user"].tolist() == pairs.user.tolist()
+    assert pairs.groups["user_tab"].tolist() == [0, 0, 1, 1, 2, 2]
+    scores = np.array([0.2, 0.1, 0.8, 0.3, 0.4, 0.5], np.float32)
+    found = {name: group_auc(scores, pairs.labels, pairs.weights, groups, pairs.user) for name, groups in pairs.groups.items()}
+    # User 7 over both tabs: .2 > .1, .8 > .1, .8 > .3 of four comparisons.
+    assert found["user"].auc.tolist() == [0.75, 0.0] and found["user"].user.tolist() == [7, 8]
+    assert found["user_tab"].auc.tolist() == [1.0, 1.0, 0.0] and found["user_tab"].user.tolist() == [7, 7, 8]
 
 
 def test_the_command_prints_estimates_of_a_parquet_log_as_json(setting: Config, tmp_path: Path) -> None:
