@@ -80,6 +80,17 @@ def pairs_of(log: Steps) -> tuple[Floats, Ints, Floats]:
     return states, categorical, scores
 
 
+def how_far_apart(a: Policy, b: Policy, log: Steps) -> str:
+    """What two policies that should be one differ by: rounding, or another course of learning."""
+    (actions, fused), (other_actions, other_fused) = (policy.fuse(*pairs_of(log)) for policy in (a, b))
+    parts = {name: float(abs(value - b.parameters[name]).max(initial=0)) for name, value in a.parameters.items()}
+    return (
+        f"fused scores differ by up to {abs(fused - other_fused).max():.3g} of {abs(fused).max():.3g}, actions by "
+        f"{abs(actions - other_actions).max():.3g}, normalisers by {abs(a.normaliser.mean - b.normaliser.mean).max():.3g} and "
+        f"{abs(a.normaliser.std - b.normaliser.std).max():.3g}, parameters by { {k: v for k, v in parts.items() if v} }"
+    )
+
+
 def request(config: Config, user_id: str) -> dict[str, Any]:
     rng, spec = np.random.default_rng(2), config.spec
     candidates = [
@@ -168,7 +179,8 @@ def test_it_refuses_to_learn_from_no_steps(name: str, deployment: Config) -> Non
 @each_name
 def test_the_same_seed_gives_the_same_policy(name: str, learnt: dict[str, Policy], deployment: Config, log: Steps) -> None:
     np.random.seed(11)  # a method that draws from the global state would differ
-    assert create_method(name, deployment, seed=SEED).fit(log).manifest.digest == learnt[name].manifest.digest
+    again, first = create_method(name, deployment, seed=SEED).fit(log), learnt[name]
+    assert again.manifest.digest == first.manifest.digest, how_far_apart(again, first, log)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(deployment: Config) -> None:
