@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from esrl_ray.config import Config
-from esrl_ray.methods.static import Static
+from esrl_ray.methods.method import Exploration
 from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import ARMS, LEFT, Steps
 from esrl_ray.simulation.rounds import SimulatedTraffic
@@ -18,10 +18,11 @@ from streaming.steptable import rows_to_table
 
 
 def simulated_steps(config: Config, num_steps: int, *, seed: int = 0) -> Steps:
-    """At least `num_steps` steps of the simulator, with exploration around the control policy."""
+    """At least `num_steps` steps of the simulator; the arm explore draws within the bounds around the control policy."""
     traffic = SimulatedTraffic(config, seed=seed, capacity=num_steps)
-    control = Policy.static(config.spec.build())
-    exploration = Static("static", config).exploration()
+    control, width = Policy.static(config.spec.build()), config.spec.build().num_actions
+    low, high = (np.full(width, bound, np.float32) for bound in (config.exploration.low, config.exploration.high))
+    exploration = Exploration(control, low, high, scope=config.exploration.scope)
     for _ in traffic.serve(exploration, control, until=num_steps, number=0):
         pass
     return traffic.steps
