@@ -22,7 +22,7 @@ from esrl_ray.methods.request_level import RequestRounds
 from esrl_ray.methods.supervised import ListRounds, Supervised, SupervisedWeights
 from esrl_ray.methods.td3 import TD3_BC, Td3
 from tests.step_tables import simulated_steps
-from tests.transitions import make_transitions
+from tests.transitions import make_transitions, with_codes
 
 PRINTED = ["learner.critic=list_sum", "learner.actor_loss=printed"]
 
@@ -62,7 +62,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_gradient_step_waits_for_no_value_and_stays_on_its_device(settings: list[str]) -> None:
-    config = meta_config(*settings)
+    config = with_codes(meta_config(*settings))
     batch = on_meta(prepare(LearnState.create(config, device="cpu"), make_transitions(config, 16)))
     state = LearnState.create(config)
     for _ in range(4):  # targets follow, or f is solved for, in two of them
