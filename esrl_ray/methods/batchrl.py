@@ -30,7 +30,7 @@ from esrl_ray.algo.device import moved
 from esrl_ray.algo.losses import soft_update
 from esrl_ray.algo.networks import Critics
 from esrl_ray.config import Config
-from esrl_ray.methods.method import Exploration
+from esrl_ray.methods.method import Exploration, require
 from esrl_ray.methods.request_level import RequestBatch, RequestRounds, Requests, minimise
 from esrl_ray.methods.satisfaction import behaviour_terms, satisfaction_weights
 from esrl_ray.policy.policy import Policy
@@ -129,6 +129,7 @@ class BatchRL:
         Raises:
             MethodError: no step has a known next list or end; the satisfaction reward has nothing to be fitted on.
         """
+        require(steps, self._rounds.spec, self.name)
         requests, num_updates = self._rounds.begin(steps, rewards=self._rewards(steps))
         if self._rounds.gradient_steps == 0:
             mean, std = requests.actions.mean(0), requests.actions.std(0, correction=0).clamp_min(1e-3)
