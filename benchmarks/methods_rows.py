@@ -30,9 +30,8 @@ PAPER = (
     "learner.actor=ple",
     "learner.phi=true",
     "learner.batch_size=256",
-    "replay.samples_per_insert=6.4",
 )
-"""What configs/paper.yaml sets, in the demo's deployment; with half as many gradient steps a list, because they are slow."""
+"""What configs/paper.yaml sets, in the demo's deployment."""
 
 METHODS = {
     CONTROL: Variant("static", what="control: hand-made weights"),
@@ -57,7 +56,7 @@ METHODS = {
     "enhancedrl-paper": Variant(
         "enhancedrl-printed",
         PAPER,
-        what="configs/paper.yaml: published sizes, losses as printed, phi, PLE-like actor; half as many transitions drawn",
+        what="configs/paper.yaml: published sizes, losses as printed, phi, PLE-like actor (3,000 gradient steps: batches of 256)",
     ),
     "unifiedrl": Variant("unifiedrl", PUBLISHED, what="one action per request, 2 x 24 critics, no phi"),
     "unifiedrl-wide": Variant("unifiedrl", what="unifiedrl with bounds, discount and rates of the default, no phi"),

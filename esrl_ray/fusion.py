@@ -20,7 +20,7 @@ def fusion_weights(actions: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, tor
     Returns:
         powers (..., k), biases (..., k).
     """
-    base = torch.as_tensor(spec.power_base, dtype=actions.dtype, device=actions.device)
+    base = torch.stack([actions.new_full((), power) for power in spec.power_base])  # filled on the device: a copy would wait for it
     powers, biases = actions[..., : spec.num_scores], actions[..., spec.num_scores :]
     return base + spec.power_span * powers, spec.bias_base + spec.bias_span * biases
 

@@ -49,8 +49,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def config() -> Config:
-    """The demo's configuration."""
-    return load_config(ROOT / "configs" / "demo.yaml")
+    """The demo's configuration, on the CPU whatever the machine has."""
+    return load_config(ROOT / "configs" / "demo.yaml", ["learner.device=cpu"])
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,12 @@ Level = Literal["pair", "request"]
 ActorShape = Literal["mlp", "ple"]
 
 
+def request_inputs(numeric: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """Columns `spec.request_inputs` (..., U) of (..., F or more): slices, where a list of columns would wait for the device."""
+    user, item = len(spec.user_features), len(spec.item_features)
+    return torch.cat([numeric[..., :user], numeric[..., user + item : spec.num_features]], -1)
+
+
 class _Inputs(nn.Module):
     """The input of a network on pairs: numeric columns and embedded codes.
 
@@ -38,7 +44,7 @@ class _Inputs(nn.Module):
     def __init__(self, spec: Spec, embedding_size: int, level: Level) -> None:
         super().__init__()
         whole = level == "pair"
-        self._columns = None if whole else list(spec.request_inputs)
+        self._spec, self._columns = spec, None if whole else list(spec.request_inputs)
         self._codes = list(range(spec.num_categorical)) if whole else list(spec.request_codes)
         self.embeddings = nn.ModuleList(nn.Embedding(spec.categorical_features[c].cardinality, embedding_size) for c in self._codes)
         num_inputs = spec.num_features + spec.num_scores if whole else len(spec.request_inputs)
@@ -46,7 +52,7 @@ class _Inputs(nn.Module):
 
     def gather(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         """(..., width) of numeric (..., F + k) and categorical (..., C)."""
-        x = numeric if self._columns is None else numeric[..., self._columns]
+        x = numeric if self._columns is None else request_inputs(numeric, self._spec)
         return torch.cat([x, *(table(categorical[..., c]) for c, table in zip(self._codes, self.embeddings, strict=True))], dim=-1)
 
     def _fold(self, layer: nn.Module, old: Normaliser, new: Normaliser) -> None:

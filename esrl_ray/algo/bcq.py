@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from esrl_ray.algo.actor import request_inputs
 from esrl_ray.spec import Spec
 
 
@@ -27,15 +28,15 @@ class RequestNetwork(nn.Module):
 
     def __init__(self, spec: Spec, num_more: int, hidden_sizes: Sequence[int], *, embedding_size: int, num_outputs: int) -> None:
         super().__init__()
-        self._columns, self._codes = list(spec.request_inputs), list(spec.request_codes)
+        self._spec, self._codes = spec, list(spec.request_codes)
         self.embeddings = nn.ModuleList(nn.Embedding(spec.categorical_features[c].cardinality, embedding_size) for c in self._codes)
-        widths = [len(self._columns) + embedding_size * len(self._codes) + num_more, *hidden_sizes, num_outputs]
+        widths = [len(spec.request_inputs) + embedding_size * len(self._codes) + num_more, *hidden_sizes, num_outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
         """Results (..., num_outputs) of numeric inputs (..., F + k), codes (..., C) and a vector (..., num_more)."""
         looked_up = [table(categorical[..., c]) for c, table in zip(self._codes, self.embeddings, strict=True)]
-        x = torch.cat([numeric[..., self._columns], *looked_up, more], dim=-1)
+        x = torch.cat([request_inputs(numeric, self._spec), *looked_up, more], dim=-1)
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
         result: torch.Tensor = self.layers[-1](x)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from esrl_ray.algo.actor import ActorShape, Level, folded, make_actor, uniform_
+from esrl_ray.algo.actor import ActorShape, Level, folded, make_actor, request_inputs, uniform_
 from esrl_ray.algo.ensemble import ensemble
 from esrl_ray.algo.split import LongTerm, num_held, num_products
 from esrl_ray.normaliser import MIN_SCORE, Normaliser
@@ -176,9 +176,8 @@ class Networks(nn.Module):
         return before
 
     def request_features(self, states: torch.Tensor) -> torch.Tensor:
-        """Numeric features of user and context (..., U) of states (..., F or more); slices, as above."""
-        user, item = len(self.spec.user_features), len(self.spec.item_features)
-        return torch.cat([states[..., :user], states[..., user + item : self.spec.num_features]], -1)
+        """Numeric features of user and context (..., U) of states (..., F or more)."""
+        return request_inputs(states, self.spec)
 
     def visible(self, numeric: torch.Tensor, categorical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (..., F + k) and codes (..., C) as all networks see them: at the level of requests without those of the item."""

@@ -48,6 +48,10 @@ def train_offline(config: Config, asked: Offline, *, stop_on_signals: Callable[[
         near = difflib.get_close_matches(asked.method, NAMES, 1)
         hint = f"; nearest: {near[0]}" if near else ""
         raise MethodError(f"there is no method {asked.method!r}{hint}", "--method", f"take one of {', '.join(NAMES)}")
+    if asked.gradient_steps and asked.method in WITHOUT_GRADIENTS:
+        raise MethodError(f"{asked.method} takes no gradient steps", "--steps", "leave it out")
+    if asked.resume and asked.method not in ENHANCEDRL:
+        raise MethodError(f"{asked.method} keeps no checkpoints", "--resume", "start it without --resume")
     folder = Path(asked.out).expanduser().resolve() if asked.out else config.run.path / "offline" / asked.method
     as_of = asked.as_of
     if asked.resume and not as_of:
@@ -60,7 +64,7 @@ def train_offline(config: Config, asked: Offline, *, stop_on_signals: Callable[[
         click.echo(f"held out        {whole - len(log.steps):,} steps, for `esrl evaluate`")
     click.echo(f"steps           {len(log.steps):,} in {log.num_sessions:,} sessions, {len(log.steps.samplable()):,} to learn from")
     started = time.monotonic()
-    learn = _with_rllib if asked.method in ENHANCEDRL else _with_method
+    learn = _with_checkpoints if asked.method in ENHANCEDRL else _without_checkpoints
     policy, losses = learn(config, asked, log, folder, seed, stop_on_signals)
     path = save_policy(policy, folder)
     click.echo(f"method          {asked.method}, seed {seed}")
@@ -75,10 +79,10 @@ def train_offline(config: Config, asked: Offline, *, stop_on_signals: Callable[[
 Learnt = tuple[Policy, dict[str, float]]
 
 
-def _with_rllib(
+def _with_checkpoints(
     config: Config, asked: Offline, log: ReadLog, folder: Path, seed: int, stop_on_signals: Callable[[], threading.Event]
 ) -> Learnt:
-    """EnhancedRL and its kin, on local or remote learners, with checkpoints."""
+    """EnhancedRL and its kin through RLlib, on local or remote learners."""
     from esrl_ray import actors
     from esrl_ray.learning.algorithm import EnhancedRLConfig
     from esrl_ray.learning.offline import OfflineTraining
@@ -113,12 +117,10 @@ def _with_rllib(
     return result.policy, result.losses
 
 
-def _with_method(
+def _without_checkpoints(
     config: Config, asked: Offline, log: ReadLog, folder: Path, seed: int, stop_on_signals: Callable[[], threading.Event]
 ) -> Learnt:
-    """Any other method: one call of `fit`. It keeps no checkpoints."""
-    if asked.resume:
-        raise MethodError(f"{asked.method} keeps no checkpoints", "--resume", "start it without --resume")
+    """Any other method: one call of `fit`."""
     if (folder / POLICY).exists():
         raise MethodError("the folder holds a policy", str(folder), "name another folder with --out")
     policy = _method_of(config, asked, len(log.steps), seed).fit(log.steps)
@@ -127,11 +129,9 @@ def _with_method(
 
 
 def _method_of(config: Config, asked: Offline, num_steps: int, seed: int) -> Method:
-    """The method, with the number of gradient steps that was asked for; RLlib's take whole calls of some."""
+    """The method, with the number of gradient steps that was asked for: RLlib's peers take it as such, others as samples per insert."""
     if not asked.gradient_steps:
         return create_method(asked.method, config, seed=seed)
-    if asked.method in WITHOUT_GRADIENTS:
-        raise MethodError(f"{asked.method} takes no gradient steps", "--steps", "leave it out")
     if asked.method in RLLIB_PEERS:
         from esrl_ray.learning.rllib_peers import RLlibPeer
 

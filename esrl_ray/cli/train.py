@@ -54,7 +54,8 @@ def train(
     Offline, with --log PATH: train one method on a step log (a run's folder, or its log/<digest>) or on Parquet, and save a policy in
     OUT/policy. EnhancedRL and its variants learn through RLlib, on learner.num_learners learners, with checkpoints: after a kill the same
     command with --resume goes on to the same result. Without --steps there are replay.samples_per_insert x steps / learner.batch_size of
-    them (cql: half as many); RLlib's sac, cql and iql take whole tens. Users whom policy.held_out_share leaves out are not learnt from:
+    them (cql: half as many). EnhancedRL's kin take whole learner.updates_per_call, RLlib's sac, cql and iql whole tens. unifiedrl has its
+    published 24 critics a group, whatever the deployment says. Users whom policy.held_out_share leaves out are not learnt from:
     `esrl evaluate` judges by them.
 
     \b

@@ -15,6 +15,7 @@ Facts of RLlib 2.60 that this file depends on:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,6 @@ from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 from ray.rllib.offline.offline_data import OfflineData
 
 from esrl_ray.algo.actor import Actor
-from esrl_ray.algo.device import pick_device
 from esrl_ray.config import Config
 from esrl_ray.errors import MethodError
 from esrl_ray.learning.offline_input import LoggedRequests, to_records, write_records
@@ -78,7 +78,7 @@ class RLlibPeer:
         name: `sac`, `cql` or `iql`.
         config: Deployment: discount, batch size, hidden sizes, bounds.
         seed: Of parameters and sampling.
-        gradient_steps: In each `fit`, rounded to whole calls of `UPDATES_PER_CALL`, at least one; default: `settings.steps_share`.
+        gradient_steps: In each `fit`, rounded up to whole calls of `UPDATES_PER_CALL`; default: `settings.steps_share`, rounded.
         settings: Instead of `SETTINGS`.
 
     Raises:
@@ -108,8 +108,10 @@ class RLlibPeer:
             MethodError: no step has a known next list or end.
         """
         requests, allowed = self._rounds.begin(steps)
-        wanted = allowed * self.settings.steps_share if self._gradient_steps is None else self._gradient_steps
-        calls = max(1, round(wanted / UPDATES_PER_CALL))
+        if self._gradient_steps is None:
+            calls = round(allowed * self.settings.steps_share / UPDATES_PER_CALL)
+        else:
+            calls = math.ceil(self._gradient_steps / UPDATES_PER_CALL)
         with TemporaryDirectory(prefix=f"esrl-{self.name}-") as folder, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self._rng.integers(2**62)))
             write_records(to_records(requests, steps.sessions, self._rounds.spec), Path(folder))
@@ -190,8 +192,7 @@ def build(
         )
     )
     rllib.offline_data(input_=folder, offline_data_class=source, dataset_num_iters_per_learner=UPDATES_PER_CALL)
-    gpus = int(pick_device(learner.device).type == "cuda")
-    rllib.learners(num_learners=0, num_gpus_per_learner=gpus).env_runners(num_env_runners=0)
+    rllib.learners(num_learners=0, num_gpus_per_learner=0).env_runners(num_env_runners=0)  # with a GPU RLlib asks Ray, and starts it
     rllib.framework("torch", torch_skip_nan_gradients=True).debugging(seed=seed, log_level="ERROR")
     rllib.reporting(min_time_s_per_iteration=0, min_train_timesteps_per_iteration=0, min_sample_timesteps_per_iteration=0)
     return rllib.build_algo()

@@ -124,7 +124,7 @@ class BatchRL:
         return self._rounds.exploration(self.settings.explore_std)
 
     def fit(self, steps: Steps) -> Policy:
-        """The gradient steps that the new steps allow, on batches of the recent rounds; then the served actor is distilled.
+        """The gradient steps that the new steps allow, on the recent rounds; then `distil_steps` of the served actor, not counted.
 
         Raises:
             MethodError: no step has a known next list or end; the satisfaction reward has nothing to be fitted on.
@@ -141,7 +141,7 @@ class BatchRL:
         return self._rounds.publish(self.actor, note=f"{self.name}: distilled, {self.distillation_error:.4f} off the chosen actions")
 
     def update(self, batch: RequestBatch) -> BatchRLResult:
-        """One gradient step: generator, critics, perturbation; every `soft_update_every` steps the targets."""
+        """One gradient step: generator, critics, perturbation; every `soft_update_every` steps the targets. On the device."""
         settings, numeric, codes = self.settings, batch.numeric, batch.categorical
         logged = (batch.actions - self._mean) / self._std
         mean, log_std = self.generator.encode(numeric, codes, logged)
@@ -203,7 +203,7 @@ class BatchRL:
 
     def _drawn(self, shape: Sequence[int]) -> torch.Tensor:
         """Standard normal numbers, the same on every device."""
-        return torch.randn(*shape, generator=self._noise).to(self._rounds.device)
+        return moved(torch.randn(*shape, generator=self._noise), self._rounds.device)
 
     def _rewards(self, steps: Steps) -> Floats | None:
         if self.settings.reward == "deployment":

@@ -6,10 +6,12 @@ weights, trained so that the lists that they would show earn more. Neither looks
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from esrl_ray.algo import losses
 from esrl_ray.algo.actor import Actor, PairNetwork
@@ -184,16 +186,18 @@ class SupervisedWeights:
             MethodError: no list was shown, or the steps are of another width.
         """
         lists, num_updates = self._rounds.begin(steps)
-        anchor = self._anchor
+        static = self._anchor.manifest.kind is PolicyKind.STATIC
+        anchor = None if static else copy.deepcopy(self._anchor.network).to(self._rounds.device)
         for _ in range(num_updates):
-            batch = self._rounds.draw(steps, lists)
-            self.update(batch, self._anchor_actions(anchor, batch))
+            self.update(self._rounds.draw(steps, lists), anchor)
         self._anchor = self._rounds.publish(self.actor, PolicyKind.PAIR)
         return self._anchor
 
-    def update(self, batch: Lists, anchors: torch.Tensor) -> torch.Tensor:
-        """One gradient step; the loss before it, on the device. `anchors` (B, L, A)."""
+    def update(self, batch: Lists, anchor: nn.Module | None) -> torch.Tensor:
+        """One gradient step; the loss before it, on the device. `anchor` gives the anchor's actions there; None: they are 0."""
         learner, actions = self._learner, self.actor(batch.numeric, batch.categorical)
+        with torch.no_grad():
+            anchors = torch.zeros_like(actions) if anchor is None else anchor(batch.numeric, batch.categorical)
         over = losses.excess(actions, anchors, self._bounds)
         loss = losses.listwise_actor_loss(
             fused_scores(batch.scores, actions, self._rounds.spec),
@@ -206,13 +210,6 @@ class SupervisedWeights:
         minimise(loss, self._optimiser)
         self._rounds.gradient_steps += 1
         return loss.detach()
-
-    def _anchor_actions(self, anchor: Policy, batch: Lists) -> torch.Tensor:
-        if anchor.manifest.kind is PolicyKind.STATIC:
-            return batch.numeric.new_zeros(())
-        with torch.no_grad():
-            actions: torch.Tensor = anchor.network(batch.numeric.cpu(), batch.categorical.cpu())
-        return actions.to(batch.numeric.device)
 
 
 def reward_loss(predicted: torch.Tensor, rewards: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:

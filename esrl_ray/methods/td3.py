@@ -17,6 +17,7 @@ import torch
 
 from esrl_ray.algo import td3
 from esrl_ray.algo.actor import Actor
+from esrl_ray.algo.device import moved
 from esrl_ray.algo.losses import soft_update
 from esrl_ray.algo.networks import Critics
 from esrl_ray.config import Config
@@ -95,10 +96,10 @@ class Td3:
         return self._rounds.publish(self.actor)
 
     def update(self, batch: RequestBatch) -> Td3Result:
-        """One gradient step of the critics; every `policy_delay` of them one of the actor and of the targets."""
+        """One gradient step of the critics; every `policy_delay` of them one of the actor and of the targets. On the device."""
         settings = self.settings
         with torch.no_grad():
-            noise = settings.target_noise * torch.randn(batch.actions.shape, generator=self._noise).to(batch.actions.device)
+            noise = settings.target_noise * moved(torch.randn(batch.actions.shape, generator=self._noise), batch.actions.device)
             following = self.target_actor(batch.next_numeric, batch.next_categorical)
             following = td3.smoothed_actions(following, noise, noise_clip=settings.noise_clip)
             next_values = self.values(self.target_critics, batch.next_numeric, batch.next_categorical, following)

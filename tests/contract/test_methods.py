@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from esrl_ray.algo.networks import Critics
 from esrl_ray.config import Config, SpecConfig, load_config
 from esrl_ray.errors import MethodError, PolicyRejected
 from esrl_ray.exploration import arm_of
-from esrl_ray.methods.catalogue import NAMES, create_method
+from esrl_ray.methods.batchrl import BatchRL
+from esrl_ray.methods.catalogue import NAMES, RLLIB_PEERS, create_method
+from esrl_ray.methods.enhancedrl import EnhancedRL
 from esrl_ray.methods.method import Exploration
 from esrl_ray.policy.policy import Policy
 from esrl_ray.policy.store import PolicyStore
@@ -32,13 +35,14 @@ SETTINGS = [
     "simulation.num_users=60",
     "simulation.num_items=300",
     "simulation.num_candidates=20",
+    "learner.device=cpu",
     "learner.hidden_sizes=[8]",
     "learner.batch_size=16",
     "learner.updates_per_call=2",
     "replay.samples_per_insert=0.8",
 ]
 RAY = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
-each_name = pytest.mark.parametrize("name", [pytest.param(name, marks=RAY if name in ("sac", "cql", "iql") else ()) for name in NAMES])
+each_name = pytest.mark.parametrize("name", [pytest.param(name, marks=RAY if name in RLLIB_PEERS else ()) for name in NAMES])
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +190,19 @@ def test_the_same_seed_gives_the_same_policy(name: str, learnt: dict[str, Policy
 def test_an_unknown_name_is_refused_with_the_known_ones(deployment: Config) -> None:
     with pytest.raises(MethodError, match=r"no method 'nonsense'.*enhancedrl.*cem"):
         create_method("nonsense", deployment, seed=0)
+
+
+def test_names_stand_for_what_is_published_under_them(deployment: Config, log: Steps) -> None:
+    unified = create_method("unifiedrl", deployment, seed=SEED)
+    assert isinstance(unified, EnhancedRL) and isinstance(critics := unified.state.networks.critics, Critics)
+    assert critics.shape == (2, 24) and unified.state.networks.level == "request"
+    satisfied = create_method("batchrl-mtf-satisfaction", deployment, seed=SEED)
+    satisfied.fit(log)
+    assert isinstance(satisfied, BatchRL) and satisfied.satisfaction is not None
+
+
+@RAY
+def test_rllib_has_the_peers_that_the_catalogue_names() -> None:
+    from esrl_ray.learning.rllib_peers import PEERS, SETTINGS
+
+    assert set(PEERS) == set(SETTINGS) == set(RLLIB_PEERS)

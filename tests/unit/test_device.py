@@ -1,6 +1,7 @@
-"""A gradient step on the meta device, which has no values: what waits for a value, or leaves the device, is an error there.
+"""A gradient step on the meta device, which has no values: reading one is an error there, where a GPU would only be slower by a wait.
 
-A GPU would only be slower by a wait, and a column on the wrong device is an error only where there are two: this finds both on a CPU.
+Adding, joining or choosing among tensors of which some were left on the CPU is one too; matrix products, `gather` and indices from the CPU
+pass, and copies to the device cannot be seen. What needs a GPU stands at the end.
 """
 
 from __future__ import annotations
@@ -15,16 +16,26 @@ from typing import Any
 import pytest
 import torch
 
+from esrl_ray.algo.actor import Actor
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.methods.batchrl import BatchRL
-from esrl_ray.methods.request_level import RequestRounds
+from esrl_ray.methods.request_level import RequestBatch, RequestRounds
 from esrl_ray.methods.supervised import ListRounds, Supervised, SupervisedWeights
 from esrl_ray.methods.td3 import TD3_BC, Td3
 from tests.step_tables import simulated_steps
 from tests.transitions import make_transitions, with_codes
 
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+SMALL = ["learner.hidden_sizes=[8]", "learner.soft_update_every=2"]
 PRINTED = ["learner.critic=list_sum", "learner.actor_loss=printed"]
+SETTINGS: list[list[str]] = [
+    [],
+    ["learner.critic=list_sum"],
+    ["learner.critic=per_pair"],
+    [*PRINTED, "learner.phi=true", "learner.actor=ple", "learner.continuous_penalty=true"],
+    [*PRINTED, "learner.level=request"],
+]
 
 
 def on_meta(part: Any) -> Any:
@@ -39,8 +50,7 @@ def on_meta(part: Any) -> Any:
 
 def meta_config(*settings: str) -> Config:
     """The demo's with small networks on the meta device."""
-    path = Path(__file__).parents[2] / "configs" / "demo.yaml"
-    return load_config(path, ["learner.hidden_sizes=[8]", "learner.soft_update_every=2", "learner.device=meta", *settings])
+    return load_config(DEMO, [*SMALL, "learner.device=meta", *settings])
 
 
 @pytest.fixture(autouse=True)
@@ -48,20 +58,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta has all kernels; torch takes joint ones from a list of devices without it."""
     monkeypatch.setattr("torch.nn.utils.clip_grad._device_has_foreach_support", lambda device: True)
     optimiser = importlib.import_module("torch.optim.optimizer")  # torch deletes the names of its modules
-    monkeypatch.setattr(optimiser, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(optimiser, "_get_fused_kernels_supported_devices", lambda: ["meta", "cuda"])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [],
-        ["learner.critic=list_sum"],
-        ["learner.critic=per_pair"],
-        [*PRINTED, "learner.phi=true", "learner.actor=ple", "learner.continuous_penalty=true"],
-        [*PRINTED, "learner.level=request"],
-    ],
-)
-def test_a_gradient_step_waits_for_no_value_and_stays_on_its_device(settings: list[str]) -> None:
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_gradient_step_reads_no_value(settings: list[str]) -> None:
     config = with_codes(meta_config(*settings))
     batch = on_meta(prepare(LearnState.create(config, device="cpu"), make_transitions(config, 16)))
     state = LearnState.create(config)
@@ -70,20 +71,53 @@ def test_a_gradient_step_waits_for_no_value_and_stays_on_its_device(settings: li
     assert state.gradient_steps == 4 and {value.device.type for value in result} == {"meta"}
 
 
-@pytest.mark.parametrize("make", [Td3, partial(Td3, settings=TD3_BC), BatchRL])
-def test_steps_of_peers_of_requests_do_so_too(make: Callable[..., Td3 | BatchRL]) -> None:
-    config = meta_config()
+def request_batch(config: Config) -> RequestBatch:
     requests, _ = RequestRounds("any", config, seed=0).begin(simulated_steps(config, 60))
-    method, batch = make("any", config, seed=0), requests.batch(requests.samplable[:16]).on(torch.device("meta"))
+    return requests.batch(requests.samplable[:16])
+
+
+MAKE = pytest.mark.parametrize("make", [Td3, partial(Td3, settings=TD3_BC), BatchRL])
+
+
+@MAKE
+def test_steps_of_peers_of_requests_read_none_either(make: Callable[..., Td3 | BatchRL]) -> None:
+    config = meta_config()
+    method, batch = make("any", config, seed=0), request_batch(config).on(torch.device("meta"))
     for _ in range(10):  # BatchRL's targets follow in the last one
         result = method.update(batch)
     assert {value.device.type for value in result if value is not None} == {"meta"}
+    if isinstance(method, BatchRL):
+        assert method.act(batch.numeric, batch.categorical).device.type == "meta"
 
 
-def test_steps_of_supervised_peers_do_so_too() -> None:
+def test_steps_of_supervised_peers_read_none_either() -> None:
     config = meta_config()
     rounds, steps = ListRounds("any", config, seed=0), simulated_steps(config, 60)
     batch = rounds.draw(steps, rounds.begin(steps)[0])
     assert {column.device.type for column in batch} == {"meta"}
     assert Supervised("any", config, seed=0).update(batch).device.type == "meta"
-    assert SupervisedWeights("any", config, seed=0).update(batch, torch.zeros((), device="meta")).device.type == "meta"
+    method = SupervisedWeights("any", config, seed=0)
+    for anchor in (None, Actor(config.spec.build(), (8,), 8).to("meta")):
+        assert method.update(batch, anchor).device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_on_a_gpu_a_gradient_step_does_not_wait(settings: list[str]) -> None:
+    config = load_config(DEMO, [*SMALL, "learner.device=cuda", *settings])
+    state = LearnState.create(config)
+    batch = prepare(state, make_transitions(config, 16))
+    update(state, batch)  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            update(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@MAKE
+def test_on_a_gpu_peers_learn(make: Callable[..., Td3 | BatchRL]) -> None:
+    config = load_config(DEMO, [*SMALL, "learner.device=cuda", "learner.batch_size=16"])
+    assert make("any", config, seed=0).fit(simulated_steps(config, 60)).manifest.gradient_steps > 0

@@ -20,7 +20,7 @@ CONFIG = Config(
         item_features=("age", "length"),
         categorical_features=(CategoricalConfig(name="tab", cardinality=3, side="context"),),
     ),
-    learner=LearnerConfig(hidden_sizes=(16,), batch_size=32),
+    learner=LearnerConfig(hidden_sizes=(16,), batch_size=32, device="cpu"),
     replay=ReplayConfig(samples_per_insert=16.0),
 )
 NAMES = ("states", "categorical", "scores", "actions", "anchor_actions", "rewards", "shown", "valid")
