@@ -30,8 +30,9 @@ PAPER = (
     "learner.actor=ple",
     "learner.phi=true",
     "learner.batch_size=256",
+    "replay.samples_per_insert=6.4",
 )
-"""What configs/paper.yaml sets, in the demo's deployment."""
+"""What configs/paper.yaml sets, in the demo's deployment; a step takes some .5 s of a core, so there are a quarter of the others' steps."""
 
 METHODS = {
     CONTROL: Variant("static", what="control: hand-made weights"),
@@ -56,7 +57,7 @@ METHODS = {
     "enhancedrl-paper": Variant(
         "enhancedrl-printed",
         PAPER,
-        what="configs/paper.yaml: published sizes, losses as printed, phi, PLE-like actor (3,000 gradient steps: batches of 256)",
+        what="configs/paper.yaml: published sizes, losses as printed, phi, PLE-like actor (1,500 gradient steps)",
     ),
     "unifiedrl": Variant("unifiedrl", PUBLISHED, what="one action per request, 2 x 24 critics, no phi"),
     "unifiedrl-wide": Variant("unifiedrl", what="unifiedrl with bounds, discount and rates of the default, no phi"),

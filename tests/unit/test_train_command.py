@@ -188,4 +188,5 @@ def test_any_method_learns_from_a_log_and_its_folder_is_not_overwritten(parquet:
     assert "method          static, seed 3" in result.output and f"policy          {out}/policy" in result.output
     assert Policy.load(out / "policy").manifest.kind is PolicyKind.STATIC
     assert "holds a policy" in str(error_of(run("--log", parquet, "--method", "static", "--out", out)))
-    assert "there is no run to go on with" in str(error_of(run("--log", parquet, "--method", "static", "--out", out, "--resume")))
+    assert "there is no run to go on with" in str(error_of(run("--log", parquet, "--out", tmp_path / "none", "--resume")))
+    assert "static keeps no checkpoints" in str(error_of(run("--log", parquet, "--method", "static", "--out", out, "--resume")))
