@@ -27,7 +27,7 @@ NUM_DRAWS = 32
 
 
 class SupportLimits(msgspec.Struct, frozen=True):
-    """Outside any of these an estimate is refused. The defaults are from benchmarks/results/estimators.md and support.md."""
+    """Outside any of these an estimate is refused. The defaults are from benchmarks/results/estimators_tuned_worlds.md and support.md."""
 
     min_users: int = 100  # the bootstrap resamples users: below about 100 its intervals are too narrow
     min_sessions: int = 300  # reward per session varies by 1.1 of its mean: 300 give +-12 % at best
