@@ -39,7 +39,7 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         "runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
         f"{', '.join(sorted({row.machine for row in rows}))}, shared. Rows of one table are of several commits, see the last column. "
-        "Written by `make bench-methods`.",
+        f"Written by `python -m benchmarks.methods --worlds {','.join(map(str, worlds))} --out {stem.name}.jsonl`.",
         "",
         f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | best round | share "
         "| pages | watch s | gradient steps | seconds | commits |",
