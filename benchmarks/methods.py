@@ -12,8 +12,9 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +29,9 @@ from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.arms import clustered_mean
 from esrl_ray.evaluation.frozen import UNSEEN, play
 from esrl_ray.methods.catalogue import create_method
+from esrl_ray.methods.method import Exploration, Method
 from esrl_ray.policy.policy import Policy
+from esrl_ray.replay.steps import Steps
 from esrl_ray.simulation.oracle import ORACLES, create_oracle
 from esrl_ray.simulation.rounds import learn_online
 
@@ -39,6 +42,28 @@ def configure(name: str, world: int) -> Config:
     """The demo's deployment in a world, all users exploring unless the method says otherwise."""
     fixed = ["exploration.explore_share=1", "exploration.exploit_share=0", f"exploration.round_steps={ROUND_STEPS}"]
     return load_config(ROOT / "configs" / "demo.yaml", [*fixed, f"simulation.world_seed={world}", *METHODS[name].overrides])
+
+
+@dataclass(frozen=True)
+class Forgetful:
+    """A method that does not see all that a log says."""
+
+    method: Method
+    forget: Callable[[Steps], None]
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return self.method.name
+
+    def exploration(self) -> Exploration:
+        """The method's."""
+        return self.method.exploration()
+
+    def fit(self, steps: Steps) -> Policy:
+        """Forgets in `steps` itself."""
+        self.forget(steps)
+        return self.method.fit(steps)
 
 
 def measure(name: str, world: int, seed: int, *, num_steps: int, sessions: int, commit: str) -> Row:
@@ -63,6 +88,8 @@ def measure(name: str, world: int, seed: int, *, num_steps: int, sessions: int, 
     else:
         ranked = Policy.static(config.spec.build())
         method = create_method(METHODS[name].method, config, seed=seed)
+        if (forget := METHODS[name].forget) is not None:
+            method = Forgetful(method, forget)
         for steps, policy in learn_online(method, config, seed=seed, num_steps=num_steps):
             rewards, _, _ = play(policy, config, seed=seed + UNSEEN, sessions=sessions // 2)
             curve.append(Point(steps, float(rewards.mean())))

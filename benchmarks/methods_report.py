@@ -29,6 +29,8 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
     if not rows:
         return
     worlds = sorted({row.world for row in rows})
+    order = [name for name in [*METHODS, *ORACLES] if any(row.method == name for row in rows)]
+    chosen = f" --methods {','.join(order)}" if len(order) < len(METHODS) + len(ORACLES) else ""
     lines = [
         "# Methods in simulated worlds",
         "",
@@ -39,14 +41,13 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         "runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
         f"{', '.join(sorted({row.machine for row in rows}))}, shared. Rows of one table are of several commits, see the last column. "
-        f"Written by `python -m benchmarks.methods --worlds {','.join(map(str, worlds))} --out {stem.name}.jsonl`.",
+        f"Written by `python -m benchmarks.methods{chosen} --worlds {','.join(map(str, worlds))} --out {stem.name}.jsonl`.",
         "",
         f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | best round | share "
         "| pages | watch s | gradient steps | seconds | commits |",
         "|---|---|" + "---|" * (len(worlds) + 8),
     ]
     control, oracle = _reference(rows, CONTROL), _reference(rows, "oracle-observed")
-    order = [name for name in [*METHODS, *ORACLES] if any(row.method == name for row in rows)]
     for name in order:
         mine = [row for row in rows if row.method == name]
         cells = [_cell([row.reward for row in mine if row.world == w]) for w in worlds]

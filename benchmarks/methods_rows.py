@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
+
+from esrl_ray.normaliser import mean_input
+from esrl_ray.replay.steps import Steps
 
 CONTROL = "static"
 
@@ -13,6 +18,19 @@ class Variant(msgspec.Struct, frozen=True):
     method: str  # in `esrl_ray.methods.catalogue`
     overrides: tuple[str, ...] = ()  # `section.key=value`
     what: str = ""
+    forget: Callable[[Steps], None] | None = None  # takes from the steps, in place, what the method is not to know
+
+
+def other_candidates(steps: Steps) -> None:
+    """As an app that writes no `candidate_means`: they are those of the logged pairs."""
+    columns = steps.columns
+    columns["candidate_means"][:] = mean_input(columns["states"], columns["scores"], columns["valid"])
+    columns["told"][:] = 0
+
+
+def own_round(steps: Steps) -> None:
+    """As a log that says round 0 for years."""
+    steps.rounds[:] = 0
 
 
 SHARED = ("exploration.explore_share=0.25", "exploration.exploit_share=0.75")
@@ -42,6 +60,10 @@ METHODS = {
     "enhancedrl-lists": Variant(
         "enhancedrl", ("learner.score_changes=false",), what="ablation: long-term value from who stays alone, without the change of scores"
     ),
+    "enhancedrl-logged-means": Variant(
+        "enhancedrl", what="ablation: means over the 15 logged candidates, not over all of them", forget=other_candidates
+    ),
+    "enhancedrl-pooled": Variant("enhancedrl", what="ablation: lists of all rounds are compared with each other", forget=own_round),
     "enhancedrl-narrow": Variant("enhancedrl", NARROW, what="ablation: the default within the papers' bounds of .15"),
     "enhancedrl-request-noise": Variant("enhancedrl", ("exploration.scope=request",), what="ablation: one noise draw per request"),
     "enhancedrl-one-round": Variant(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.methods import main
-from benchmarks.methods_rows import Row
+from benchmarks.methods import Forgetful, configure, main
+from benchmarks.methods_rows import METHODS, Row
 from benchmarks.rows import read_rows
+from esrl_ray.methods.catalogue import create_method
+from esrl_ray.policy.policy import Policy
+from esrl_ray.replay.steps import Steps
+from esrl_ray.simulation.rounds import SimulatedTraffic
 
 SHORT = ["--worlds", "1", "--seeds", "0", "--steps", "2500", "--sessions", "60", "--jobs", "1"]
 
@@ -37,3 +43,36 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path: Path, capsys
         main([*SHORT, "--methods", "sarsa", "--out", str(tmp_path / "rows.jsonl")])
     assert "no methods ['sarsa']; there are static, enhancedrl" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def seen_by(name: str) -> Steps:
+    """What the method of this name gets to learn from, of two rounds of 500 lists each."""
+    config, seen = configure(name, world=1), list[Steps]()
+    method, traffic = create_method("static", config, seed=0), SimulatedTraffic(config, seed=0, capacity=1000)
+    for number in range(2):
+        for _ in traffic.serve(method.exploration(), Policy.static(config.spec.build()), until=500 * (number + 1), number=number):
+            pass
+    if (forget := METHODS[name].forget) is None:
+        return traffic.steps
+    served = method.fit
+
+    class Watched:
+        name, exploration = "watched", method.exploration
+
+        def fit(self, steps: Steps) -> Policy:
+            seen.append(steps)
+            return served(steps)
+
+    Forgetful(Watched(), forget).fit(traffic.steps)
+    return seen[0]
+
+
+def test_a_variant_does_not_see_what_it_is_to_forget() -> None:
+    names = ("enhancedrl", "enhancedrl-logged-means", "enhancedrl-pooled")
+    everything, logged, pooled = (dict[str, Any](seen_by(name).transitions(np.arange(1000), horizon=4)) for name in names)
+    of_logged = np.concatenate([everything["states"], np.log(everything["scores"])], -1).mean(1)
+    assert np.allclose(logged["candidate_means"], of_logged, atol=1e-4)
+    assert not np.allclose(everything["candidate_means"], of_logged, atol=1e-2)
+    assert [len(np.unique(columns["cohort"])) for columns in (everything, logged, pooled)] == [2, 2, 1]
+    for name in set(everything) - {"candidate_means", "cohort", "future_change"}:
+        assert np.array_equal(everything[name], logged[name]) and np.array_equal(everything[name], pooled[name]), name
