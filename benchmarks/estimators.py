@@ -1,6 +1,6 @@
 """Off-policy estimates against the real value of held-out policies in the simulator: bias, coverage of 95 % intervals, rank correlation.
 
-OMP_NUM_THREADS=1 python benchmarks/estimators.py [--worlds 5 6] [--logs 2] [--steps 20000]
+OMP_NUM_THREADS=1 python -m benchmarks.estimators [--worlds 5 6] [--logs 2] [--steps 20000]
 
 Policies are learnt on traffic that no estimate sees. Each world is logged in two ways, each with several seeds: `control` explores around
 the control policy only, `rounds` around control and then three learnt stages. Every finished line is kept in `--work` and not made again.
@@ -221,7 +221,7 @@ def main() -> None:
         f"Commit {commit}; 2 shared CPU cores; worlds {arguments.worlds}, {arguments.logs} logs of each kind (seeds from {LOG_SEED}) of "
         f"{arguments.steps:,} lists; arms explore {bounds.explore_share:.0%}, exploit {bounds.exploit_share:.0%}; bounds {bounds.low} to "
         f"{bounds.high}; real values from {arguments.sessions:,} sessions (seed {TRUTH_SEED}, standard error about .4); policies learnt on "
-        f"traffic of seed {LEARN_SEED}; {seconds:.0f} s for a policy. Reward per session. Made by `python benchmarks/estimators.py`.",
+        f"traffic of seed {LEARN_SEED}; {seconds:.0f} s for a policy. Reward per session. Made by `python -m benchmarks.estimators`.",
         "",
         "## Where the log supports the policy (none of the default limits is broken)",
         *table(lines, supported=True),

@@ -1,4 +1,4 @@
-"""Time of one decision in a replica, without HTTP: decode, check, act, rank, record, encode. `python benchmarks/fuse.py`"""
+"""Time of one decision in a replica, without HTTP: decode, check, act, rank, record, encode. `python -m benchmarks.fuse`"""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def ensemble(config: Config, *, rounds: int, critics: Sequence[int] = CRITICS, b
         rows,
         [
             "Processor time of one thread: list-sum TD with targets, gradients and Adam. B is lists; each has 5 pairs. Products alone: the "
-            "step's matrix products in float32, without loss, relu, bias or Adam: none made of such products has a larger ratio than these."
+            "step's matrix products in float32, without loss, relu, bias or Adam: no ensemble of such products can have a larger one."
         ],
     )
 

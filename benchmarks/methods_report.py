@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -40,8 +41,9 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         "point of the mean learning curve, on half as many sessions. Share = (reward - control) / (observed-features oracle - control), of "
         "runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
-        f"{', '.join(sorted({row.machine for row in rows}))}, shared. Rows of one table are of several commits, see the last column. "
-        f"Written by `python -m benchmarks.methods{chosen} --worlds {','.join(map(str, worlds))} --out {stem.name}.jsonl`.",
+        f"{', '.join(sorted({row.machine for row in rows}))}, shared. A method with fewer runs has the first seeds; the last column says "
+        f"of which commits its rows are. Written by `python -m benchmarks.methods{chosen} --worlds {','.join(map(str, worlds))} "
+        f"--out benchmarks/results/{stem.name}.jsonl`.",
         "",
         f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | best round | share "
         "| pages | watch s | gradient steps | seconds | commits |",
@@ -55,7 +57,7 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
             (r.reward - control[at]) / (oracle[at] - control[at]) for r in mine if (at := (r.world, r.seed)) in control.keys() & oracle
         ]
         cells += [_cell([r.reward for r in mine]), _best_round(mine), _cell([100 * s for s in shares], "%")]
-        cells += [f"{np.mean([r.pages for r in mine]):.1f}", f"{np.mean([r.watch_s for r in mine]):.0f}"]
+        cells += [_cell([r.pages for r in mine]), _cell([r.watch_s for r in mine], digits=0)]
         cells += [f"{np.mean([r.gradient_steps for r in mine]):,.0f}", f"{np.mean([r.seconds for r in mine]):.0f}"]
         cells += [", ".join(sorted({r.commit[:7] for r in mine}))]
         lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
@@ -76,23 +78,32 @@ def _best_round(rows: Sequence[Row]) -> str:
     return f"{np.mean(curves, 0).max():.1f}" if curves else "-"
 
 
-def _cell(values: Sequence[float], unit: str = "") -> str:
+def _cell(values: Sequence[float], unit: str = "", *, digits: int = 1) -> str:
     if not values:
         return "-"
     mean, half = mean_interval(values)
-    return f"{mean:.1f}{unit}" if np.isnan(half) else f"{mean:.1f}{unit} ± {half:.1f}"
+    return f"{mean:.{digits}f}{unit}" if np.isnan(half) else f"{mean:.{digits}f}{unit} ± {half:.{digits}f}"
 
 
 def _curves(rows: Sequence[Row], names: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for i, name in enumerate(names):
-        mine = [row for row in rows if row.method == name and row.curve]
-        if not mine:
-            continue
-        steps = [p.num_steps for p in mine[0].curve]
-        means = np.mean([[p.reward for p in row.curve] for row in mine], 0)
-        axes.plot(np.array(steps) / 1e3, means, label=name, color=mpl.colormaps["tab20"](i % 20), lw=2.4 if name == "enhancedrl" else 1.2)
-    axes.set(xlabel="thousand list requests", ylabel="reward per session")
-    axes.legend(fontsize=7, ncols=2)
+    """Mean curves, this project's method and its ablations on the right; a bar is the 95 % interval over runs."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    own = [name for name in names if name.startswith("enhancedrl")]
+    for axes, shown in ((left, [name for name in names if name not in own[1:]]), (right, own)):
+        for i, name in enumerate(shown):
+            mine = [row for row in rows if row.method == name and row.curve]
+            if not mine:
+                continue
+            steps = np.array([p.num_steps for p in mine[0].curve]) / 1e3
+            found = [mean_interval(at) for at in zip(*([p.reward for p in row.curve] for row in mine), strict=True)]
+            means, halves = zip(*found, strict=True)
+            default = name == "enhancedrl"
+            style: dict[str, Any] = (
+                {"color": "black", "lw": 2.4, "zorder": 9} if default else {"color": mpl.colormaps["tab20"](i % 20), "lw": 1.2}
+            )
+            axes.errorbar(steps + 0.08 * i, means, np.nan_to_num(halves), label=name, marker=".", capsize=2, elinewidth=0.6, **style)
+        axes.set(xlabel="thousand list requests")
+        axes.legend(fontsize=7, ncols=2)
+    left.set(ylabel="reward per session")
     return figure

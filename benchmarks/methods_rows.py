@@ -58,7 +58,7 @@ METHODS = {
     "enhancedrl-25%": Variant("enhancedrl", SHARED, what="the default, 25 % of users explore, 75 % exploit; learns from all"),
     "enhancedrl-myopic": Variant("enhancedrl", ("learner.long_term_weight=0",), what="ablation: the default without long-term value"),
     "enhancedrl-lists": Variant(
-        "enhancedrl", ("learner.score_changes=false",), what="ablation: long-term value from who stays alone, without the change of scores"
+        "enhancedrl", ("learner.score_changes=false",), what="ablation: long-term value from who stays, without the change of scores"
     ),
     "enhancedrl-logged-means": Variant(
         "enhancedrl", what="ablation: means over the 15 logged candidates, not over all of them", forget=other_candidates

@@ -1,6 +1,6 @@
 """What a judgement of the second tier costs and what it can tell, by the number of lists, in the simulator.
 
-OMP_NUM_THREADS=1 python benchmarks/second_tier.py [--lists 5000 20000 60000] [--updates 0 600] [--logs 3]
+OMP_NUM_THREADS=1 python -m benchmarks.second_tier [--lists 5000 20000 60000] [--updates 0 600] [--logs 3]
 
 Candidates against control: a policy learnt on 5,000 steps of other traffic, and a planted vector that favours clicks.
 """
@@ -59,7 +59,7 @@ def main() -> None:
         "# The second tier: cost and verdicts by the number of lists",
         "",
         f"Commit {commit}; 2 shared CPU cores, one thread; the demo's world; {arguments.logs} logs (seeds from {LOG_SEED}) of explore "
-        f"traffic around control; control earns {base.mean():.1f} per session. Made by `python benchmarks/second_tier.py`.",
+        f"traffic around control; control earns {base.mean():.1f} per session. Made by `python -m benchmarks.second_tier`.",
         "",
         "| lists | gradient steps of the features | candidate | its real gain | pass | abstain | block | estimated gains | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The simulator: list requests per second of processor time by the number of sessions served together. `python benchmarks/simulator.py`
+"""The simulator: list requests per second of processor time by the number of sessions served together. `python -m benchmarks.simulator`
 
 A request is its candidates and what the user does with the list; ranking is not counted. One thread; the best of several turns counts,
 because machines are shared.

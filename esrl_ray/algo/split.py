@@ -9,8 +9,8 @@ value network or not, credits the list with it, and more data does not help (doc
 
 Two things that follow tell the effect. Whether the user comes back for another list: hardly biased, but rare. And how upstream scores
 change from the request before a list to the one after it: an upstream model that sees the session expects less of a user who is annoyed, of
-all the next candidates, after every list. Their level is who the user is and their mix is which candidates came; of their change, with the
-candidates' features held fixed, hardly anything is either. The list's own request is left out on purpose: its scores chose the list. Scores
+all the next candidates, after every list. Their level is who the user is and their mix is which candidates came; little of either is left
+in their change, with the candidates' features held fixed. The list's own request is left out on purpose: its scores chose the list. Scores
 are surrogates here as in Athey, Chetty, Imbens and Kang (2019): who stays decides which of them count and how much, and whether they tell
 all (`LongTerm`). A difference that users bring into a session and keep through it is not told apart from none: what f says of inputs that
 follow the user is too small then.
@@ -35,7 +35,7 @@ RIDGE = 1e-4
 MAX_PRODUCTS = 256
 """Of features with features that are held fixed beside the features; with more there are none."""
 CHANCE = 0.01
-"""That a score counts although none reacts to the session."""
+"""Probability that any score counts where none reacts to the session."""
 SWEEPS, SCORE_RIDGE = 40, 0.05
 """Of coordinate descent over the scores, and beside their variance: directions that are nearly the same share what they explain."""
 
@@ -158,7 +158,7 @@ class LongTerm(nn.Module):
 
     1. y = the change of each score's mean logarithm from the request before the list to the one after it, the candidates' features held
        fixed: k directions. A score counts if the chi^2 of its direction exceeds the quantile that one of k exceeds by chance in
-       `CHANCE`; `a` is the largest of their `1 - quantile / chi^2`, 0 if none counts.
+       `CHANCE`; `a` is the largest `1 - quantile / chi^2` of those with a weight above 0 in `w_s`, 0 if there are none.
     2. y = lists ahead with the discount `learner.effect_gamma`, about as fast as the effect of a list fades (what comes after says nothing
        about this list): `w_s` is a combination of the directions with weights >= 0 (of a user who is kept more is expected), `w_l` is free,
        and `w = w_s + (1 - a + a (1 - 4 D / chi^2)_+) (w_l - w_s)`, chi^2 that of `w_l - w_s`. Where no score reacts w is w_l. The factor

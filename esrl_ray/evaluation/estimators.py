@@ -19,7 +19,7 @@ Doubles = npt.NDArray[np.float64]
 RIDGE = 1e-4
 """Added to the diagonal of the fixed point's matrix, as a share of the features' mean squares."""
 CAP = 10.0
-"""Largest importance ratio [paper.md section 5]."""
+"""Largest importance ratio of a pair (docs/paper.md, NCIS)."""
 CONSERVATIVE = 0.5e-3
 """Weight of the CQL regulariser in Conservative-OPE [BatchRL-MTF]."""
 

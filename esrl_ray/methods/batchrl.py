@@ -7,8 +7,9 @@ three days, Gaussian exploration. Ours: the order of the rates (VAE, perturbatio
 sizes, which are the deployment's; biases learnt beside the weights, as for all peers here; a day is a round; actions are standardised, for
 a VAE of actions this close together would ignore its latent; exploration with N(0, .2^2) around the policy, without a half at random. The
 rates were tuned on one simulated world: with the published ones (and uniform exploration of +-.15) 6,000 steps end at 10.1 reward per
-session (control 17.0, every action component half-way to its limit), with these at 19.6 after half of the steps. In other worlds it falls
-below control, and further with every round (benchmarks/results/methods.md): its own actions become the log that it must stay close to.
+session (control 17.0, every action component half-way to its limit), with these at 19.6 after half of the steps. In worlds 1, 2
+and 4 it ends where control does (15.1 and 15.0, benchmarks/results/methods.md), in two of them lower after the last round than after the
+first: its own actions become the log that it must stay close to.
 
 A served policy is a deterministic network, so that the argmax over sampled candidates cannot be served. Ours: after each `fit` an
 `Actor(level="request")` is trained by regression on the chosen actions; `distillation_error` and the policy's note say how far it is off.

@@ -4,7 +4,8 @@ Published: twin critics, the smaller of both in the target, target smoothing, de
 cloning term with its normalised weight (arXiv 2106.06860); Gaussian exploration, N(0, .2^2) before UnifiedRL bounded it. Ours: the unit of
 actions in critics and cloning term; smoothing noise of a size that fits it; an actor that starts at the control policy; step sizes and
 alpha, tuned on one simulated world: with 3e-4 the actor of TD3 saturates within a round (11.4 reward per session, control 17.0), with
-uniform exploration of +-.15 it ends at 16.5, with these settings at 19.4.
+uniform exploration of +-.15 it ends at 16.5, with these settings at 19.4. In worlds 1, 2 and 4 it ends below control
+(benchmarks/results/methods.md).
 """
 
 from __future__ import annotations
