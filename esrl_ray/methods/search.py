@@ -1,6 +1,8 @@
 """One vector of fusion weights for all users, searched: the industry's default, and what per-pair actions must beat.
 
-Online, by rounds: every explore session keeps one vector, drawn around the newest centre, and its reward is what the vector earned.
+Online, by rounds: every explore session keeps one vector, drawn around the centre that was the newest when it began, and its reward is
+what the vector earned, told in the round of its end. (Without those that outlast a round the long ones would be missing, and with them most
+of what a vector does to how long users stay.)
 Session rewards vary by more than their mean, so that the search leans on all sessions: by default a quadratic response surface is fitted
 to them and the searcher maximises that (Box and Wilson 1951); `sessions` tells the searcher the sessions themselves, a round at a time.
 Offline, on a log that explores otherwise: the searcher maximises how well the vector orders the shown pairs of a list by their reward.
@@ -50,7 +52,7 @@ class ExploredSessions:
 
     vectors: Doubles  # (n, A)
     rewards: Doubles  # (n,) of the session, groups summed with their weights
-    rounds: Indices  # (n,)
+    rounds: Indices  # (n,) of the last list
 
     @classmethod
     def of(cls, steps: Steps, group_weights: Floats) -> Self | None:
@@ -73,7 +75,8 @@ class ExploredSessions:
             return None
         rewards = np.bincount(session, weights=steps.list_rewards @ group_weights, minlength=len(first))
         chosen = explored & kept & ended
-        return cls(vectors[chosen].astype(np.float64), rewards[chosen], steps.rounds[first][chosen])
+        last = len(steps) - 1 - np.unique(steps.sessions[::-1], return_index=True)[1]
+        return cls(vectors[chosen].astype(np.float64), rewards[chosen], steps.rounds[last][chosen])
 
 
 class ResponseSurface:

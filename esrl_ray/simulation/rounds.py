@@ -18,7 +18,7 @@ from esrl_ray.replay.steps import ARMS, LEFT, UNKNOWN, Indices, Steps
 from esrl_ray.reward import rewards_of
 from esrl_ray.simulation.draws import normal, uniform
 from esrl_ray.simulation.users import Page, Sessions, World
-from esrl_ray.vocabulary import Arm, Floats
+from esrl_ray.vocabulary import Arm, Floats, Ints
 
 NUM_RUNNING = 250
 """Concurrent sessions, as many as the demo's traffic has."""
@@ -43,6 +43,8 @@ class SimulatedTraffic:
         self.steps = Steps(config, capacity + NUM_RUNNING)
         self._num_sessions = 0
         self._arms = np.array([ARMS.index(arm_of(f"u{u}", config.exploration)) for u in range(self._world.num_users)])
+        self._explorations: list[Exploration] = []
+        self._begun = np.zeros(NUM_RUNNING, np.int64)  # with which of them each running session began
         self._running = self._begin(NUM_RUNNING)
         self._before = np.full(NUM_RUNNING, UNKNOWN)
 
@@ -55,9 +57,10 @@ class SimulatedTraffic:
             until: Steps in all.
             number: Of the round, noted in the steps.
         """
+        self._explorations.append(exploration)
         while len(self.steps) < until:
             page = self._world.candidates(self._running)
-            numbers, left = self._turn(page, exploration, current, number)
+            numbers, left = self._turn(page, current, number)
             known = self._before != UNKNOWN
             self.steps.follow(self._before[known], numbers[known])
             self.steps.follow(numbers[left], LEFT)
@@ -71,13 +74,26 @@ class SimulatedTraffic:
         self._num_sessions += count
         return self._world.start(ids, (uniform(self._seed, ids, _USER) * self._world.num_users).astype(np.int64))
 
-    def _turn(self, page: Page, exploration: Exploration, current: Policy, number: int) -> tuple[Indices, npt.NDArray[np.bool_]]:
+    def _explored(self, page: Page, states: Floats, codes: Ints) -> tuple[Floats, Floats]:
+        """Anchors and actions of the arm `explore`, (n, N, A); noise of a session stays around the centre that the session began with."""
+        newest = len(self._explorations) - 1
+        self._begun[self._running.page == 0] = newest
+        begun = self._begun if self._explorations[newest].scope == "session" else np.full_like(self._begun, newest)
+        anchors = np.empty((*page.scores.shape[:2], self._spec.num_actions), np.float32)
+        actions = np.empty_like(anchors)
+        for number in np.unique(begun):
+            exploration, mine = self._explorations[number], begun == number
+            anchors[mine] = exploration.centre.act(states[mine], codes[mine], page.scores[mine])
+            noise = np.broadcast_to(self._noise(exploration, page), anchors.shape)
+            actions[mine] = np.clip(anchors[mine] + noise[mine], -1, 1)
+        return anchors, actions
+
+    def _turn(self, page: Page, current: Policy, number: int) -> tuple[Indices, npt.NDArray[np.bool_]]:
         """One page of every running session: the numbers of its steps, and who leaves."""
         running, config = self._running, self._config
         states, arms = page.states(), self._arms[self._running.users]
         codes = np.zeros((*page.items.shape, 0), np.int32)
-        anchors = exploration.centre.act(states, codes, page.scores)
-        actions = np.clip(anchors + self._noise(exploration, page), -1, 1)
+        anchors, actions = self._explored(page, states, codes)
         fused = fused_scores(torch.from_numpy(page.scores), torch.from_numpy(actions), self._spec).numpy()
         for arm, policy in ((Arm.EXPLOIT, current), (Arm.CONTROL, Policy.static(self._spec))):
             if (chosen := arms == ARMS.index(arm)).any():

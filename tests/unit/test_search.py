@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from esrl_ray.config import Config, SpecConfig
@@ -32,7 +33,14 @@ def worth(vectors: Doubles) -> Doubles:
 
 
 def add_session(
-    steps: Steps, vectors: Floats | Doubles, *, number: int, reward: float = 0.0, arm: int = EXPLORE, turn: int = 0, ended: bool = True
+    steps: Steps,
+    vectors: Floats | Doubles,
+    *,
+    number: int,
+    reward: float = 0.0,
+    arm: int = EXPLORE,
+    turn: npt.ArrayLike = 0,
+    ended: bool = True,
 ) -> None:
     """One session with a vector for each of its steps, (n, A) or (n, G, A); the reward comes with the last step."""
     n = len(vectors)
@@ -124,10 +132,11 @@ def test_sessions_that_kept_one_vector_to_their_end_are_explored_sessions() -> N
     add_session(steps, two, number=3, reward=9.0, ended=False)
     add_session(steps, two, number=4, reward=9.0, arm=EXPLOIT)
     add_session(steps, one[:1], number=5, reward=5.0)
+    add_session(steps, one, number=6, reward=6.0, turn=[0, 1])  # told in the round of its end
     found = ExploredSessions.of(steps, np.ones(1, np.float32))
     assert found is not None
-    np.testing.assert_allclose(found.vectors[:, 0], [0.1, 0.2, 0.1], atol=1e-6)
-    assert found.rewards.tolist() == [3, 4, 5] and found.rounds.tolist() == [0, 1, 0]
+    np.testing.assert_allclose(found.vectors[:, 0], [0.1, 0.2, 0.1, 0.1], atol=1e-6)
+    assert found.rewards.tolist() == [3, 4, 5, 6] and found.rounds.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("shape", ["pair", "request", "nothing"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError
 from esrl_ray.fusion import fused_scores
+from esrl_ray.methods.method import Exploration
+from esrl_ray.policy.policy import Policy
 from esrl_ray.reward import rewards_of
+from esrl_ray.simulation.rounds import SimulatedTraffic
 from esrl_ray.simulation.users import BEHAVIOURS, Page, Sessions, World
 from esrl_ray.vocabulary import Floats
 
@@ -192,3 +196,24 @@ def test_other_features_than_the_simulators_are_refused() -> None:
     config = load_config(DEMO, ["spec.context_features=[first, step]"])
     with pytest.raises(ConfigError, match=r"\['step', 'first'\].*spec\.context_features"):
         World(config, seed=0)
+
+
+@pytest.mark.parametrize("scope", ["session", "request", "pair"])
+def test_only_a_session_that_keeps_its_noise_keeps_the_centre_it_began_with(scope: Literal["session", "request", "pair"]) -> None:
+    explore = load_config(DEMO, ["exploration.explore_share=1", "exploration.exploit_share=0"])
+    spec, traffic = explore.spec.build(), SimulatedTraffic(explore, seed=0, capacity=2_000)
+    low, high = np.full(spec.num_actions, -0.1, np.float32), np.full(spec.num_actions, 0.1, np.float32)
+    for number, place in enumerate((0.3, -0.3)):
+        centre = Policy.static(spec, np.full(spec.num_actions, place, np.float32))
+        for _ in traffic.serve(Exploration(centre, low, high, scope=scope), centre, until=1_000 * (number + 1), number=number):
+            pass
+    steps = traffic.steps
+    actions, anchors, rounds = steps.columns["actions"], steps.columns["anchor_actions"], steps.rounds
+    outlasting = [rows for number in np.unique(steps.sessions) if np.ptp(rounds[rows := np.flatnonzero(steps.sessions == number)])]
+    begun_later = np.setdiff1d(np.flatnonzero(rounds == 1), np.concatenate(outlasting))
+    assert len(outlasting) > 50 and len(begun_later) > 50 and np.allclose(anchors[begun_later], -0.3)
+    for rows in outlasting:
+        if scope == "session":
+            assert np.allclose(anchors[rows], 0.3) and np.ptp(actions[rows].reshape(-1, spec.num_actions), axis=0).max() < 1e-6
+        else:
+            assert np.allclose(anchors[rows], np.where(rounds[rows] == 0, 0.3, -0.3)[:, None, None])
