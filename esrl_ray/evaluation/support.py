@@ -35,6 +35,7 @@ class SupportLimits(msgspec.Struct, frozen=True):
     min_ess: float = 1_000.0  # effective lists behind a value
     min_ess_share: float = 0.1  # and as a share of the lists: below, errors of a third were seen
     max_width: float = 2.5  # of a fitted 95 % interval, in root mean squares of what sessions earn: above, resamples disagree
+    min_compared: float = 0.95  # share of lists that say what was not shown: where they do not, all policies look like the log's own
 
 
 class Support(msgspec.Struct, frozen=True):
@@ -48,6 +49,7 @@ class Support(msgspec.Struct, frozen=True):
     users: int
     sessions: int
     lists: int
+    compared: float = 1.0  # share of lists with logged candidates that were not shown, or without any that was not
 
     def faults(self, limits: SupportLimits) -> list[str]:
         """Why an estimate must not be believed; empty when it may be."""
@@ -57,6 +59,7 @@ class Support(msgspec.Struct, frozen=True):
             "overlap": (self.overlap, limits.min_overlap),
             "effective lists": (self.ess, limits.min_ess),
             "effective share of lists": (self.ess_share, limits.min_ess_share),
+            "share of lists with logged unshown candidates (serve.num_unshown)": (self.compared, limits.min_compared),
         }
         return [f"{name} {found:.4g}, at least {least:g} needed" for name, (found, least) in checks.items() if not found >= least]
 
@@ -68,6 +71,7 @@ class Lists:
     steps: Steps
     config: Config
     masses: Doubles  # (n, G) 1 for shown pairs, (N - l) / K for unshown ones, 0 in padding
+    compared: Bools  # (n,) lists of K > 0, or of N = l
 
     @classmethod
     def of(cls, steps: Steps, config: Config, num_candidates: npt.ArrayLike) -> Lists:
@@ -82,7 +86,7 @@ class Lists:
         logged, seen = valid.sum(1, dtype=np.float64), shown.sum(1, dtype=np.float64)
         total = np.maximum(np.broadcast_to(np.asarray(num_candidates, np.float64), logged.shape), logged)
         each = (total - seen) / np.maximum(logged - seen, 1)
-        return cls(steps, config, np.where(shown > 0, 1.0, each[:, None]) * (valid > 0))
+        return cls(steps, config, np.where(shown > 0, 1.0, each[:, None]) * (valid > 0), (logged > seen) | (total == seen))
 
     @property
     def list_sizes(self) -> Doubles:
@@ -160,6 +164,7 @@ class Lists:
             users=len(np.unique(self.steps.users[of])),
             sessions=len(np.unique(self.steps.sessions[of])),
             lists=len(of),
+            compared=float(self.compared[of].mean()) if len(of) else 0.0,
         )
 
 

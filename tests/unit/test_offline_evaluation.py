@@ -195,6 +195,20 @@ def test_a_log_that_never_shows_what_the_policy_would_is_refused_with_the_number
     assert "overlap 0, at least 0.45 needed" in value.refused["fqe"]
 
 
+@pytest.mark.parametrize(("share", "num_candidates", "refused"), [(0.1, 2, True), (0.02, 2, False), (0.1, 1, False)])
+def test_lists_that_do_not_say_what_was_not_shown_are_no_support(setting: Config, share: float, num_candidates: int, refused: bool) -> None:
+    steps = log_of(setting, REWARDS, LEAVES, sessions=300, seed=2)
+    silent = np.random.default_rng(0).random(len(steps)) < share
+    steps.columns["valid"][silent] = steps.columns["shown"][silent]
+    limits = SupportLimits(min_users=10, min_sessions=10, min_ess=10)
+    candidates = np.where(silent, num_candidates, 2)
+    settings = Settings(num_updates=0, resamples=20, limits=limits)
+    value = OffPolicy(steps, setting, num_candidates=candidates, seed=0, settings=settings).value(vector(setting, ALWAYS_A))
+    assert value.support.compared == pytest.approx(1 - (silent.mean() if num_candidates == 2 else 0))
+    assert any("serve.num_unshown" in reason for reason in value.refused.values()) == refused
+    assert not refused or not value.estimates
+
+
 def test_too_few_users_are_refused(setting: Config) -> None:
     steps = log_of(setting, REWARDS, LEAVES, sessions=60, seed=2)
     value = OffPolicy(steps, setting, num_candidates=2, seed=0, settings=Settings(num_updates=0, resamples=20)).value(vector(setting, 0.0))
