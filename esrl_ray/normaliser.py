@@ -58,10 +58,14 @@ class Normaliser:
     def fit(cls, states: Floats, scores: Floats, valid: Bools) -> Self:
         """Statistics of the valid pairs of a batch of lists.
 
+        What does not vary has standard deviation 1: its weights are not learnt yet, and must not meet an input of hundreds when it first
+        moves, nor grow by as much when the next normaliser is folded in.
+
         Args:
             states: (B, G, F).
             scores: (B, G, k).
             valid: (B, G); padding enters nothing.
         """
         raw = numeric_input(states[valid], scores[valid]).astype(np.float64)
-        return cls(raw.mean(0).astype(np.float32), np.maximum(raw.std(0), 1e-3).astype(np.float32))
+        std = np.where(np.ptp(raw, axis=0) > 0, np.maximum(raw.std(0), 1e-3), 1.0)
+        return cls(raw.mean(0).astype(np.float32), std.astype(np.float32))
