@@ -237,9 +237,11 @@ class LongTerm(nn.Module):
     def sums(self, lists: Lists, between: Between) -> Sums:
         """The sums of a batch."""
         num_lists, one = len(lists.ended), torch.ones_like(lists.ended).unsqueeze(-1)
-        key = (lists.effects.sum(-1) + lists.given.sum(-1)).sort().values
+        raw = torch.cat([lists.effects, lists.given], -1)
+        # Less the batch's mean: beside a feature as large as a time in seconds all else would be rounded away, and all lists be one.
+        key = (raw.double() - raw.double().mean(0)).sum(-1).sort().values
         number = _numbered(lists.cohort)
-        inputs = torch.cat([_centred(torch.cat([lists.effects, lists.given], -1), number), one], -1)
+        inputs = torch.cat([_centred(raw, number), one], -1)
         ahead = _centred(lists.ahead, number)
         changed = torch.cat([between.effects, between.request, between.held, one], -1).double() * between.known.unsqueeze(-1)
         scores = between.scores.double()

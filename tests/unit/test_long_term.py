@@ -257,3 +257,16 @@ def test_nonnegative_least_squares_are_those_of_scipy() -> None:
         best = nnls(*_with_ridge(parallel, b))[0]
         np.testing.assert_allclose(found[:, 0], best, atol=0.02)
     assert not _nonnegative(torch.zeros(3, 3).double(), torch.zeros(3, 1).double()).any()
+
+
+@pytest.mark.parametrize("largest", [0.0, 1.7e9, 20230428.0])
+def test_a_large_feature_does_not_make_all_lists_one(largest: float) -> None:
+    """A time in seconds beside the others: lists are told apart by what a float32 sum with it has no digits for."""
+    rng, fitted = np.random.default_rng(0), LongTerm(3, 2, 2, num_held(1, 2), 1)
+    for _ in range(20):
+        rows = rng.integers(0, 400, 128)
+        effects, given = (np.random.default_rng(7).normal(size=(400, width))[rows] for width in (3, 2))
+        given[:, 0] += largest
+        nothing = _nothing(effects, given, 1, 1)
+        fitted.add(fitted.sums(_lists(effects, given, np.zeros(128)), nothing))
+    assert float(fitted.equal / fitted.pairs) == pytest.approx(1 / 400, rel=0.15)
