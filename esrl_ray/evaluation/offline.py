@@ -21,7 +21,7 @@ from esrl_ray.evaluation.estimators import CAP, CONSERVATIVE, Draws, FixedPoint,
 from esrl_ray.evaluation.list_features import ListFeatures, list_features
 from esrl_ray.evaluation.support import NUM_DRAWS, Doubles, Lists, Support, SupportLimits, effective_size
 from esrl_ray.policy.policy import Policy
-from esrl_ray.replay.steps import LEFT, Indices, Steps
+from esrl_ray.replay.steps import CUT, LEFT, Indices, Steps
 from esrl_ray.vocabulary import Bools
 
 ESTIMATORS = ("fqe", "dr", "conservative", "ncis", "ncis_list")
@@ -154,9 +154,13 @@ class OffPolicy:
 
     @cached_property
     def _paths(self) -> Paths:
-        """Explore sessions up to the last start before which 95 % have ended: those that go on would be missed, and they are long."""
+        """Explore sessions up to the last start before which 95 % have ended: those that go on would be missed, and they are long.
+
+        Sessions that were cut off have no end: they are left out, wherever they stand.
+        """
         steps = self.lists.steps
         starts = np.flatnonzero(self._first & self.lists.explored)
+        starts = starts[~np.isin(steps.sessions[starts], steps.sessions[steps.following == CUT])]
         ended = np.isin(steps.sessions[starts], steps.sessions[steps.following == LEFT])
         share = np.cumsum(ended) / np.arange(1, len(starts) + 1)
         enough = np.flatnonzero(share >= 0.95)
@@ -225,7 +229,8 @@ class OffPolicy:
         effective = effective_size(paths.cumulative(ratios)[:, -1])
         if effective < settings.min_effective_sessions:
             least = f"at least {settings.min_effective_sessions:g} needed"
-            refused["ncis"] = f"effective sessions {effective:.3g} of {len(paths.groups)}, {least}"
+            cut = int((self.lists.steps.following[self.lists.explored] == CUT).sum())
+            refused["ncis"] = f"effective sessions {effective:.3g} of {len(paths.groups)} ({cut} were cut off and are left out), {least}"
         else:
             estimates["ncis"] = _draws(ncis(paths, ratios, self._rewards, self._counts, gamma=settings.gamma))
         return effective

@@ -223,6 +223,20 @@ def test_a_log_without_ended_sessions_has_no_reward_per_session(setting: Config)
     assert OffPolicy(steps, setting, num_candidates=2, seed=0, settings=Settings(gamma=0.0)).digest
 
 
+def test_ncis_keeps_the_sessions_that_ended_where_others_were_cut_off(setting: Config) -> None:
+    steps = log_of(setting, REWARDS, LEAVES, sessions=1_500, seed=2)
+    left = np.flatnonzero(steps.following == LEFT)
+    cut = np.random.default_rng(0).random(len(left)) < 0.2  # whoever they are, so that the others tell as much
+    steps.follow(left[cut], CUT)
+    policy = vector(setting, 0.0)
+    asked = OffPolicy(steps, setting, num_candidates=2, seed=0, settings=FAST)
+    assert len(asked._paths.groups) == (~cut).sum()
+    assert asked.value(policy).estimates["ncis"].mean == pytest.approx(steps.list_rewards.sum() / len(left), rel=0.1)
+    strict = Settings(num_updates=0, resamples=20, limits=NO_LIMITS, min_effective_sessions=1e9)
+    refused = OffPolicy(steps, setting, num_candidates=2, seed=0, settings=strict).value(policy).refused["ncis"]
+    assert f"of {(~cut).sum()} ({cut.sum()} were cut off and are left out)" in refused
+
+
 def test_the_mean_so_far_follows_the_session(setting: Config) -> None:
     steps = Steps(setting, 3)
     steps.add(
