@@ -37,7 +37,8 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         "",
         f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen, without noise, on "
         f"{rows[0].sessions:,} unseen sessions with common random "
-        "numbers; ± is the half width of a 95 % t interval over training seeds (`all`: over worlds and seeds). Best round = the highest "
+        "numbers; ± is the half width of a 95 % t interval over runs, for these worlds; `other worlds` is that of a mean over worlds drawn "
+        "like these, from the means of each. Best round = the highest "
         "point of the mean learning curve, on half as many sessions. Share = (reward - control) / (observed-features oracle - control), of "
         "runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
@@ -45,18 +46,18 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         f"of which commits its rows are. Written by `python -m benchmarks.methods{chosen} --worlds {','.join(map(str, worlds))} "
         f"--out benchmarks/results/{stem.name}.jsonl`.",
         "",
-        f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | best round | share "
+        f"| method | runs |{''.join(f' world {w} |' for w in worlds)} all | other worlds | best round | share | other worlds "
         "| pages | watch s | gradient steps | seconds | commits |",
-        "|---|---|" + "---|" * (len(worlds) + 8),
+        "|---|---|" + "---|" * (len(worlds) + 10),
     ]
     control, oracle = _reference(rows, CONTROL), _reference(rows, "oracle-observed")
     for name in order:
         mine = [row for row in rows if row.method == name]
         cells = [_cell([row.reward for row in mine if row.world == w]) for w in worlds]
-        shares = [
-            (r.reward - control[at]) / (oracle[at] - control[at]) for r in mine if (at := (r.world, r.seed)) in control.keys() & oracle
-        ]
-        cells += [_cell([r.reward for r in mine]), _best_round(mine), _cell([100 * s for s in shares], "%")]
+        compared = [r for r in mine if (r.world, r.seed) in control.keys() & oracle]
+        shares = [100 * (r.reward - control[at]) / (oracle[at] - control[at]) for r in compared for at in [(r.world, r.seed)]]
+        rewards = [r.reward for r in mine]
+        cells += [_cell(rewards), _over_worlds(mine, rewards), _best_round(mine), _cell(shares, "%"), _over_worlds(compared, shares)]
         cells += [_cell([r.pages for r in mine]), _cell([r.watch_s for r in mine], digits=0)]
         cells += [f"{np.mean([r.gradient_steps for r in mine]):,.0f}", f"{np.mean([r.seconds for r in mine]):.0f}"]
         cells += [", ".join(sorted({r.commit[:7] for r in mine}))]
@@ -70,6 +71,12 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
 def _reference(rows: Sequence[Row], name: str) -> dict[tuple[int, int], float]:
     """Reward of a method by (world, seed)."""
     return {(row.world, row.seed): row.reward for row in rows if row.method == name}
+
+
+def _over_worlds(rows: Sequence[Row], values: Sequence[float]) -> str:
+    """Half width of the interval of a mean over worlds."""
+    means = [np.mean([v for row, v in zip(rows, values, strict=True) if row.world == w]) for w in sorted({row.world for row in rows})]
+    return f"± {mean_interval([float(m) for m in means])[1]:.1f}" if len(means) > 1 else "-"
 
 
 def _best_round(rows: Sequence[Row]) -> str:
