@@ -255,7 +255,11 @@ class LearnerConfig(Section):
     batch_size: Positive = Field(128, description="Steps in a batch [B].")
     updates_per_call: Positive = Field(8, description="Gradient steps per learner call.")
     num_learners: int = Field(0, ge=0, description="RLlib learners; 0 = in the training process.")
-    device: str = Field("auto", description="`auto` takes a GPU when there is one; else cpu, cuda, cuda:1, ...")
+    device: str = Field(
+        "auto",
+        pattern="^(auto|cpu|cuda(:[0-9]+)?|meta)$",
+        description="`auto` takes a GPU when there is one; else cpu, cuda, cuda:1, ...; meta computes nothing and shows what would wait.",
+    )
     compile: bool = Field(False, description="torch.compile of the losses, on a GPU in CUDA graphs: half a minute at the start, needs g++.")
     seed: int = Field(0, ge=0, description="Seed of parameters and sampling.")
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = Field(20.0, description="Clock time between checkpoints.")

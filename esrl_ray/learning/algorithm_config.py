@@ -112,6 +112,10 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
             self.num_cpus_per_learner = CPU_SHARE
         if self.num_gpus_per_learner is None:
             self.num_gpus_per_learner = int(_has_gpu(self.deployment))
+        if (index := _gpu_index(learner.device)) is not None:
+            if learner.num_learners > 0:
+                raise ConfigError(f"{learner.device} names one GPU, and Ray deals GPUs to remote learners", "learner.device", "say cuda")
+            self.local_gpu_idx = index
         spec = self.deployment.spec.build()
         self.environment(
             observation_space=gym.spaces.Box(-np.inf, np.inf, (spec.num_features + spec.num_scores,), np.float32),
@@ -132,6 +136,11 @@ def _config_error(error: ValidationError, where: str) -> ConfigError:
     problems = error.errors(include_url=False, include_input=False)
     lines = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" if p["loc"] else p["msg"].removeprefix("Value error, ") for p in problems]
     return ConfigError("; ".join(lines), where)
+
+
+def _gpu_index(device: str) -> int | None:
+    """Of `cuda:1`; None where no one GPU is named."""
+    return torch.device(device).index if device.startswith("cuda") else None
 
 
 def _has_gpu(deployment: Config) -> bool:

@@ -19,6 +19,8 @@ import torch
 from esrl_ray.algo.actor import Actor
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
+from esrl_ray.errors import ConfigError
+from esrl_ray.learning.algorithm_config import EnhancedRLConfig
 from esrl_ray.methods.batchrl import BatchRL
 from esrl_ray.methods.request_level import RequestBatch, RequestRounds
 from esrl_ray.methods.supervised import ListRounds, Supervised, SupervisedWeights
@@ -121,3 +123,14 @@ def test_on_a_gpu_a_gradient_step_does_not_wait(settings: list[str]) -> None:
 def test_on_a_gpu_peers_learn(make: Callable[..., Td3 | BatchRL]) -> None:
     config = load_config(DEMO, [*SMALL, "learner.device=cuda", "learner.batch_size=16"])
     assert make("any", config, seed=0).fit(simulated_steps(config, 60)).manifest.gradient_steps > 0
+
+
+def test_a_named_gpu_is_the_one_that_a_local_learner_takes() -> None:
+    for device, expected in (("cpu", (0, 0)), ("cuda", (1, 0)), ("cuda:1", (1, 1))):
+        config = EnhancedRLConfig().training(deployment=load_config(DEMO, [f"learner.device={device}"]))
+        config.validate()
+        assert (config.num_gpus_per_learner, config.local_gpu_idx) == expected
+    with pytest.raises(ConfigError, match="cuda:1 names one GPU, and Ray deals GPUs to remote learners"):
+        EnhancedRLConfig().training(deployment=load_config(DEMO, ["learner.device=cuda:1", "learner.num_learners=2"])).validate()
+    with pytest.raises(ConfigError, match=r"learner\.device"):
+        load_config(DEMO, ["learner.device=gpu"])
