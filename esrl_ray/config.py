@@ -316,7 +316,7 @@ class ServeConfig(Section):
     port: int = Field(0, ge=0, le=65535, description="0 takes a free one.")
     num_replicas: Positive = Field(2, description="Serve replicas.")
     list_size: Positive = Field(5, description="Shown pairs when the request does not say [l].")
-    num_unshown: int = Field(10, ge=0, description="Unshown candidates drawn at random into the decision [K].")
+    num_unshown: int = Field(10, ge=0, description="Unshown candidates drawn at random into the decision [K]; estimates need some.")
     max_candidates: Positive = Field(500, description="Larger requests are refused.")
     bearer_token: SecretStr | None = Field(None, description="Secret, needed for /v1 when set; from ESRL_BEARER_TOKEN.")
     decision_keys: Keys = Field(
