@@ -14,7 +14,7 @@ from esrl_ray.errors import InputDataError
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-Row = TypeVar("Row", bound=msgspec.Struct)
+Row = TypeVar("Row")
 
 
 def commit() -> str:
