@@ -56,8 +56,8 @@ def chain(actions: list[int], following: list[int], rewards: list[float], always
 
 
 def test_the_fixed_point_of_two_actions_is_reward_over_the_chance_to_leave() -> None:
-    # Action 0 earns 1 and ends two sessions of four, action 1 earns .5 and ends two of eight. Always 0: 1 / .5 = 2; always 1: .5 / .25 = 2;
-    # sessions: 0 0 1 1 1 1* twice, where the first 0 of the second begins a session after the first 0 ends one.
+    # Both actions earn 1; action 0 ends two lists of four, action 1 two of eight. Always 0: 1 / .5 = 2; always 1: 1 / .25 = 4.
+    # Sessions: 0* and 0 1 1 1 1*, twice.
     actions: list[int] = []
     following: list[int] = []
     rewards: list[float] = []
@@ -65,9 +65,9 @@ def test_the_fixed_point_of_two_actions_is_reward_over_the_chance_to_leave() -> 
         start = len(actions)
         actions += [0, 0, 1, 1, 1, 1]
         following += [LEFT, start + 2, start + 3, start + 4, start + 5, LEFT]
-        rewards += [1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+        rewards += [1.0] * 6
     once = np.ones((1, 2))
-    for always, expected in ((0, 2.0), (1, 2.0)):
+    for always, expected in ((0, 2.0), (1, 4.0)):
         point = chain(actions, following, rewards, always).drawn(once)
         assert point.values()[0] / point.sessions[0] == pytest.approx(expected, rel=1e-3)
 
