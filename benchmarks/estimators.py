@@ -3,14 +3,14 @@
 OMP_NUM_THREADS=1 python -m benchmarks.estimators [--worlds 5 6] [--logs 2] [--steps 20000]
 
 Policies are learnt on traffic that no estimate sees. Each world is logged in two ways, each with several seeds: `control` explores around
-the control policy only, `rounds` around control and then three learnt stages. Every finished line is kept in `--work` and not made again.
+the control policy only, `rounds` around control and then three learnt stages. Every finished line is kept in `--work` with its commit
+and not made again, nor are the policies: the report names the commits of all that it is made from.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.rows import RESULTS, ROOT, commit, read_rows
 from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.estimators import Draws
 from esrl_ray.evaluation.frozen import play
@@ -33,7 +34,6 @@ from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import Steps
 from esrl_ray.simulation.rounds import SimulatedTraffic, learn_online
 
-ROOT = Path(__file__).parents[1]
 STAGES = (5_000, 10_000, 20_000)
 TRUTH_SEED, LEARN_SEED, LOG_SEED = 4_000, 100, 200
 NAMES = ("fqe", "dr", "conservative", "ncis")
@@ -75,39 +75,45 @@ def too_wide(log: OffPolicy, draws: Draws) -> bool:
 
 
 class Lines:
-    """Finished lines of a file, one JSON object each, by their key."""
+    """Finished lines of a file, one JSON object each, by their key; each has the commit of the code that made it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.found: dict[str, dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            entry = json.loads(line)
-            self.found[entry["key"]] = entry
+    def __init__(self, path: Path, *, code: str) -> None:
+        self._path, self._code = path, code
+        self.found: dict[str, dict[str, Any]] = {entry["key"]: entry for entry in read_rows(path, dict[str, Any])}
+
+    def commits(self, *keys: str) -> list[str]:
+        """Of these lines; those of before commits were kept have none."""
+        return [self.found.get(key, {}).get("commit", "not recorded") for key in keys]
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
         """Keep one more."""
-        self.found[key] = entry | {"key": key}
+        self.found[key] = entry | {"key": key, "commit": self._code}
         with self._path.open("a") as file:
             file.write(json.dumps(self.found[key]) + "\n")
 
 
 def run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """One line per world, log, seed and policy."""
-    lines, wanted = Lines(work / "lines.jsonl"), []
+    """One line per world, log, seed and policy, with the commits of all behind it."""
+    lines, wanted = Lines(work / "lines.jsonl", code=commit()), []  # of what runs, not of what is there when it ends
     settings = Settings(limits=SupportLimits(0, 0, 0.0, 0.0, 0.0, max_width=1e9), min_effective_sessions=0.0)
     for world in arguments.worlds:
         config = load_config(ROOT / "configs" / "demo.yaml", [f"simulation.world_seed={world}"])
-        (work / f"world-{world}").mkdir(parents=True, exist_ok=True)
-        policies = make_policies(config, work / f"world-{world}")
+        folder, learnt = work / f"world-{world}", f"policies {world}"
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = any(not (folder / f"stage-{stage}").exists() for stage in STAGES)
+        policies = make_policies(config, folder)
+        if missing:
+            lines.add(learnt, {})
+        truths = {name: f"truth {world} {arguments.sessions} {name}" for name in policies}
         for name, policy in policies.items():
-            if (key := f"truth {world} {name}") not in lines.found:
+            if (key := truths[name]) not in lines.found:
                 reward = play(policy, config, seed=TRUTH_SEED, sessions=arguments.sessions)[0]
                 lines.add(key, {"mean": reward.mean(), "se": reward.std() / np.sqrt(len(reward))})
                 print(f"{key}: {reward.mean():.2f}", flush=True)
         for kind, anchors in (("control", ["control"]), ("rounds", ["control", *(f"learnt {s}" for s in STAGES)])):
             for seed in range(LOG_SEED, LOG_SEED + arguments.logs):
                 keys = {name: f"{world} {kind} {seed} {arguments.steps} {name}" for name in policies}
-                wanted += [(key, f"truth {world} {name}", f"truth {world} control") for name, key in keys.items()]
+                wanted += [(key, truths[name], truths["control"], learnt) for name, key in keys.items()]
                 if all(key in lines.found for key in keys.values()):
                     continue
                 steps = make_log(config, [policies[a] for a in anchors], seed=seed, num_steps=arguments.steps)
@@ -136,7 +142,10 @@ def run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                     }
                     lines.add(key, fields)
                     print(f"{key}: {fields['estimates']['dr']['mean']:.2f} in {fields['seconds']:.0f} s", flush=True)
-    return [lines.found[key] | {"truth": lines.found[t]["mean"], "control": lines.found[c]["mean"]} for key, t, c in wanted]
+    return [
+        lines.found[key] | {"truth": lines.found[t]["mean"], "control": lines.found[c]["mean"], "commits": lines.commits(key, t, c, learnt)}
+        for key, t, c, learnt in wanted
+    ]
 
 
 def table(lines: Sequence[dict[str, Any]], *, supported: bool) -> list[str]:
@@ -205,23 +214,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="list requests per log")
     parser.add_argument("--sessions", type=int, default=4_000, help="sessions behind each real value")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "estimators", help="finished lines and learnt policies")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "estimators.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "estimators.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout.strip()  # what runs, not what is there when it ends
     lines = run(arguments, arguments.work)
     bounds = load_config(ROOT / "configs" / "demo.yaml").exploration
+    commits = sorted({found for entry in lines for found in entry["commits"]})
     seconds = np.mean([entry["seconds"] for entry in lines if entry["policy"] != "control"])
     text = [
         "# Off-policy estimates against the truth",
         "",
-        f"Commit {commit}; 2 shared CPU cores; worlds {arguments.worlds}, {arguments.logs} logs of each kind (seeds from {LOG_SEED}) of "
-        f"{arguments.steps:,} lists; arms explore {bounds.explore_share:.0%}, exploit {bounds.exploit_share:.0%}; bounds {bounds.low} to "
-        f"{bounds.high}; real values from {arguments.sessions:,} sessions (seed {TRUTH_SEED}, standard error about .4); policies learnt on "
-        f"traffic of seed {LEARN_SEED}; {seconds:.0f} s for a policy. Reward per session. Made by `python -m benchmarks.estimators`.",
+        f"Commits {', '.join(commits)}; 2 shared CPU cores; worlds {arguments.worlds}, {arguments.logs} logs of each kind "
+        f"(seeds from {LOG_SEED}) of {arguments.steps:,} lists; arms explore {bounds.explore_share:.0%}, "
+        f"exploit {bounds.exploit_share:.0%}; bounds {bounds.low} to {bounds.high}; real values from {arguments.sessions:,} sessions "
+        f"(seed {TRUTH_SEED}, standard error about .4); policies learnt on traffic of seed {LEARN_SEED}; {seconds:.0f} s for a policy. "
+        "Reward per session. Made by `python -m benchmarks.estimators`.",
         "",
         "## Where the log supports the policy (none of the default limits is broken)",
         *table(lines, supported=True),

@@ -24,11 +24,11 @@ import msgspec
 
 from benchmarks.ingest_events import EVENTS_PER_S, FEEDBACK_PER_DECISION, LISTED, PAIRS, Written, deployment, write_events
 from benchmarks.ingest_runs import Task
+from benchmarks.rows import RESULTS, ROOT, commit
 from benchmarks.timing import Table
 from esrl_ray.config import KafkaConfig
 from streaming.broker import EmbeddedBroker, ensure_topics
 
-ROOT = Path(__file__).parents[1]
 MACHINE = "2 cores x86_64, shared"
 BARE, OURS, DICTS, QUIX = "kafka-python, poll and decode only", "ingest worker, to the replay", "json and dicts, join only", "quix-streams"
 LATE_STAGES = ("join", "state", "rows to table", "commit", "insert")
@@ -194,14 +194,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quix", type=Path, metavar="FOLDER", help="also quix-streams, installed into this environment of its own")
     parser.add_argument("--machine", default=MACHINE)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ingest.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ingest.md")
     arguments = parser.parse_args()
     quix = None if arguments.quix is None else install_quix(arguments.quix.absolute())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     tables = run(num_events=arguments.events, long=arguments.long, rounds=arguments.rounds, quix=quix)
     head = (
-        f"Commit {commit}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {arguments.machine}. Made by `make bench-ingest`. Each run is a "
-        "process of its own that reads the same topics of an embedded broker; runs take turns.\n\n"
+        f"Commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {arguments.machine}. Made by `make bench-ingest`. Each run is "
+        "a process of its own that reads the same topics of an embedded broker; runs take turns.\n\n"
         f"Lists have {LISTED} shown and {PAIRS - LISTED} unshown pairs, one decision to {FEEDBACK_PER_DECISION} feedback; there are "
         f"{EVENTS_PER_S:,} events a second of event time, read as fast as it goes. The ingest worker commits to a step log on the local "
         "disk every 2 s and inserts into a `ReplayBuffer` in its own process. The two peers join in memory and drop the result: no log, no "

@@ -156,8 +156,8 @@ NOTES = """
 - `supervised` is weights per pair by a pairwise loss on all logged exposures (the RL methods see the shown half), within +-.15 of CEM;
   `supervised-full` has the whole range; `supervised-user` gives one vector per user. RL may go further than +-.15, round by round.
 - `user-only` ranks by user features, `tab` by the mean label of the tab: user x tab is the grouping in which the tab tells nothing.
-- Random exposures are 3-6 May of the random-exposure log, whose candidates no recommender chose; upstream models and history are those of
-  the standard log before 3 May.
+- Random exposures are 3-6 May of the random-exposure log, whose candidates no recommender chose; upstream models are fitted on the standard
+  log before 3 May, and history is that of this log, to which the random exposures of 3-4 May are added for those of 5-6 May.
 - In the item-planted world half of the tags have noise for click, play, like and profile_enter, the other half for long_view, finish and
   comment_open; in the user-planted world the halves are users by registration age.
 """

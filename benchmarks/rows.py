@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from esrl_ray.errors import InputDataError
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-Row = TypeVar("Row", bound=msgspec.Struct)
+Row = TypeVar("Row")
 
 
 def commit() -> str:
@@ -25,8 +28,28 @@ def commit() -> str:
 
 
 def read_rows(path: Path, row: type[Row]) -> list[Row]:
-    """Finished rows; none when there is no file."""
-    return [msgspec.json.decode(line, type=row) for line in path.read_bytes().splitlines()] if path.exists() else []
+    """Finished rows; none when there is no file.
+
+    A last line whose writer was killed in the middle is dropped, also from the file, with a printed warning: the next row starts a line.
+
+    Raises:
+        InputDataError: another line is no such row.
+    """
+    content, rows = path.read_bytes() if path.exists() else b"", []
+    *lines, unended = content.split(b"\n")
+    for number, line in enumerate([*lines, unended] if unended else lines, 1):
+        try:
+            rows.append(msgspec.json.decode(line, type=row))
+        except msgspec.DecodeError as error:
+            if number <= len(lines):
+                raise InputDataError(f"no finished row: {error}", f"{path}, line {number}", "mend or delete the line") from error
+            print(f"WARNING: {path}, line {number} is half-written and dropped: {line[:80]!r}", flush=True)
+            os.truncate(path, len(content) - len(line))
+            return rows
+    if unended:  # whole but for its end
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return rows
 
 
 def append_row(path: Path, row: msgspec.Struct) -> None:

@@ -8,7 +8,6 @@ Candidates against control: a policy learnt on 5,000 steps of other traffic, and
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.estimators import LEARN_SEED, LOG_SEED, TRUTH_SEED, make_log
+from benchmarks.rows import RESULTS, ROOT, commit
 from esrl_ray.config import Config, load_config
 from esrl_ray.evaluation.frozen import play
 from esrl_ray.evaluation.offline import Settings
@@ -25,7 +25,6 @@ from esrl_ray.methods.catalogue import create_method
 from esrl_ray.policy.policy import Policy
 from esrl_ray.simulation.rounds import learn_online
 
-ROOT = Path(__file__).parents[1]
 LEARN_STEPS = 5_000
 SESSIONS = 4_000
 
@@ -46,10 +45,10 @@ def main() -> None:
     parser.add_argument("--lists", type=int, nargs="+", default=[5_000, 20_000, 60_000])
     parser.add_argument("--updates", type=int, nargs="+", default=[0, 600])
     parser.add_argument("--logs", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "second_tier.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "second_tier.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    code = commit()  # of what runs, not of what is there when it ends
     demo = ROOT / "configs" / "demo.yaml"
     config = load_config(demo, ["exploration.explore_share=1", "exploration.exploit_share=0"])
     control, judged = Policy.static(config.spec.build()), candidates(load_config(demo))
@@ -58,7 +57,7 @@ def main() -> None:
     text = [
         "# The second tier: cost and verdicts by the number of lists",
         "",
-        f"Commit {commit}; 2 shared CPU cores, one thread; the demo's world; {arguments.logs} logs (seeds from {LOG_SEED}) of explore "
+        f"Commit {code}; 2 shared CPU cores, one thread; the demo's world; {arguments.logs} logs (seeds from {LOG_SEED}) of explore "
         f"traffic around control; control earns {base.mean():.1f} per session. Made by `python -m benchmarks.second_tier`.",
         "",
         "| lists | gradient steps of the features | candidate | its real gain | pass | abstain | block | estimated gains | CPU seconds |",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from benchmarks.buffers import sampling
 from benchmarks.learner import ensemble, through_rllib
 from benchmarks.pipelines import pipelines
 from benchmarks.replay import LISTS_PER_SESSION, make_tables
+from benchmarks.rows import RESULTS, ROOT, commit
 from benchmarks.timing import Table
 from esrl_ray.config import Config, load_config
 
-ROOT = Path(__file__).parents[1]
 MACHINE = "2 cores x86_64, shared"
 
 
@@ -60,15 +59,14 @@ def main() -> None:
     parser.add_argument("--no-stock", action="store_true", help="without RLlib's own reading of the log, which starts Ray")
     parser.add_argument("--steps", type=int, default=20_000, help="in replay buffers")
     parser.add_argument("--machine", default=MACHINE)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "speed.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     config = load_config(arguments.config, arguments.overrides)
     tables = run(config, quick=arguments.quick, stock=not arguments.no_stock, num_steps=arguments.steps)
     head = (
-        f"Commit {commit}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {arguments.machine}; {'quick' if arguments.quick else 'full'} "
+        f"Commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {arguments.machine}; {'quick' if arguments.quick else 'full'} "
         "run, calls in turns in one process, one thread; medians. Made by `make bench-speed`."
     )
     arguments.out.write_text("\n\n".join(["# Speed of learning and replay", head, *(table.markdown() for table in tables)]) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,19 @@ def simulated_steps(config: Config, num_steps: int, *, seed: int = 0) -> Steps:
     return traffic.steps
 
 
+def session_positions(sessions: Sequence[int]) -> list[int]:
+    """Position of each step in its session; steps in order of time."""
+    so_far: Counter[int] = Counter()
+    positions = []
+    for session in sessions:
+        positions.append(so_far[session])
+        so_far[session] += 1
+    return positions
+
+
 def step_table(steps: Steps) -> pa.Table:
     """The same steps as rows of the log; those whose end is not known are open."""
-    c, following = steps.columns, steps.following
+    c, following, positions = steps.columns, steps.following, session_positions(steps.sessions.tolist())
     return rows_to_table(
         [
             StepRow(
@@ -38,7 +50,7 @@ def step_table(steps: Steps) -> pa.Table:
                 revision=0,
                 session_id=f"session-{steps.sessions[i]}",
                 user_id=f"u{steps.users[i]}",
-                index=0,
+                index=positions[i],
                 partition=0,
                 offset=i,
                 event_time_ms=1_700_000_000_000 + i,

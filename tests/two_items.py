@@ -15,6 +15,7 @@ from esrl_ray.policy.policy import Policy
 from esrl_ray.replay.steps import ARMS, LEFT, Steps
 from esrl_ray.vocabulary import Arm, Ended, StepRow
 from streaming.steptable import rows_to_table
+from tests.step_tables import session_positions
 
 ALWAYS_A, ALWAYS_B = 1.0, -1.0
 """Powers that rank A, whose score is higher, above B, and the other way round."""
@@ -109,7 +110,7 @@ def log_of(
 
 def table_of(steps: Steps) -> pa.Table:
     """The same steps as a table of the step log's schema."""
-    c, rows = steps.columns, []
+    c, rows, positions = steps.columns, [], session_positions(steps.sessions.tolist())
     for i in range(len(steps)):
         after = int(steps.following[i])
         rows.append(
@@ -118,7 +119,7 @@ def table_of(steps: Steps) -> pa.Table:
                 revision=0,
                 session_id=f"s{steps.sessions[i]}",
                 user_id=f"u{steps.users[i]}",
-                index=0,
+                index=positions[i],
                 partition=0,
                 offset=i,
                 event_time_ms=i,

@@ -169,11 +169,10 @@ class OffPolicy:
     @property
     def digest(self) -> str:
         """First 16 hex digits of the sha256 of what the estimates read of the lists."""
-        columns, steps = self.lists.steps.columns, self.lists.steps
-        parts = [columns[name] for name in ("states", "scores", "actions", "anchor_actions", "rewards", "shown")] + [
-            steps.following,
-            self._known,
-        ]
+        steps, columns = self.lists.steps, self.lists.steps.columns
+        names = ("states", "categorical", "scores", "actions", "anchor_actions", "rewards", "shown", "valid")
+        keys = (steps.following, steps.sessions, steps.users, steps.arms)
+        parts = [*(columns[name] for name in names), self.lists.masses, *keys, self._known, self._first]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
     def value(self, policy: Policy, *, by_density: bool = True) -> Value:

@@ -48,8 +48,9 @@ def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> 
         LearnersLost: the learner died meanwhile: RLlib saves without it, and says nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover)
+    for leftover in folder.glob(".[0-9]*.[0-9]*"):  # our own temporary folders only: file systems and desktops leave hidden files
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
     numbers = _numbers(folder)
     final = folder / f"{(numbers[-1] if numbers else 0) + 1:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"

@@ -78,7 +78,8 @@ class RLlibPeer:
         name: `sac`, `cql` or `iql`.
         config: Deployment: discount, batch size, hidden sizes, bounds.
         seed: Of parameters and sampling.
-        gradient_steps: In each `fit`, rounded up to whole calls of `UPDATES_PER_CALL`; default: `settings.steps_share`, rounded.
+        gradient_steps: In each `fit`, rounded up to whole calls of `UPDATES_PER_CALL`; default: `settings.steps_share`, rounded,
+            but at least one call: after none the policy would be RLlib's random network.
         settings: Instead of `SETTINGS`.
 
     Raises:
@@ -109,7 +110,7 @@ class RLlibPeer:
         """
         requests, allowed = self._rounds.begin(steps)
         if self._gradient_steps is None:
-            calls = round(allowed * self.settings.steps_share / UPDATES_PER_CALL)
+            calls = max(1, round(allowed * self.settings.steps_share / UPDATES_PER_CALL))
         else:
             calls = math.ceil(self._gradient_steps / UPDATES_PER_CALL)
         with TemporaryDirectory(prefix=f"esrl-{self.name}-") as folder, torch.random.fork_rng(devices=[]):

@@ -85,9 +85,10 @@ def read_bench(config: Config, folder: Path, *, cache: Path, say: Say) -> Bench:
 
 
 def _random_pairs(config: Config, folder: Path, cache: Path, say: Say) -> LabelledPairs | None:
-    """Random exposures of the last two blocks, scored by models and history of the standard log before them.
+    """Random exposures of the last two blocks, scored by models that are fitted on the standard log before them.
 
-    They are put in the standard log's place from the development block on, so that everything else is made by the same code.
+    They are put in the standard log's place from the development block on, so that everything else is made by the same code: the last
+    block's history is the standard log of the training blocks and the random exposures of the development block.
     """
     files = sorted(folder.glob("log_random*.parquet"))
     if not files:

@@ -102,6 +102,13 @@ def test_a_fit_gives_a_request_policy_and_goes_on_from_it(fitted: Fitted, steps:
     assert (explored.centre, explored.scope, explored.std) == (fitted.second, "request", None)
 
 
+def test_a_log_too_small_for_one_call_still_gets_one(config: Config, steps: Steps) -> None:
+    # 400 steps x .02 samples per insert / 32 in a batch = .25 gradient steps
+    little = config.model_copy(update={"replay": config.replay.model_copy(update={"samples_per_insert": 0.02})})
+    peer = RLlibPeer("sac", little, seed=5)
+    assert peer.fit(steps).manifest.gradient_steps == UPDATES_PER_CALL
+
+
 def test_the_same_seed_gives_the_same_policy(fitted: Fitted, config: Config, steps: Steps) -> None:
     torch.rand(3)  # the global random state is none of its business
     again = RLlibPeer(fitted.name, config, seed=5, gradient_steps=2 * UPDATES_PER_CALL).fit(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from esrl_ray.evaluation.metrics import group_auc, label_of, shown_pairs
 from esrl_ray.evaluation.offline import Estimate, OffPolicy, Settings
 from esrl_ray.evaluation.support import Lists, SupportLimits, effective_size, inclusion
 from esrl_ray.policy.policy import Policy
-from esrl_ray.replay.steps import CUT, LEFT, Steps
+from esrl_ray.replay.steps import CUT, LEFT, UNKNOWN, Steps
 from tests.step_tables import write_log
 from tests.transitions import with_codes
 from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
@@ -56,8 +57,8 @@ def chain(actions: list[int], following: list[int], rewards: list[float], always
 
 
 def test_the_fixed_point_of_two_actions_is_reward_over_the_chance_to_leave() -> None:
-    # Action 0 earns 1 and ends two sessions of four, action 1 earns .5 and ends two of eight. Always 0: 1 / .5 = 2; always 1: .5 / .25 = 2;
-    # sessions: 0 0 1 1 1 1* twice, where the first 0 of the second begins a session after the first 0 ends one.
+    # Both actions earn 1; action 0 ends two lists of four, action 1 two of eight. Always 0: 1 / .5 = 2; always 1: 1 / .25 = 4.
+    # Sessions: 0* and 0 1 1 1 1*, twice.
     actions: list[int] = []
     following: list[int] = []
     rewards: list[float] = []
@@ -65,9 +66,9 @@ def test_the_fixed_point_of_two_actions_is_reward_over_the_chance_to_leave() -> 
         start = len(actions)
         actions += [0, 0, 1, 1, 1, 1]
         following += [LEFT, start + 2, start + 3, start + 4, start + 5, LEFT]
-        rewards += [1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+        rewards += [1.0] * 6
     once = np.ones((1, 2))
-    for always, expected in ((0, 2.0), (1, 2.0)):
+    for always, expected in ((0, 2.0), (1, 4.0)):
         point = chain(actions, following, rewards, always).drawn(once)
         assert point.values()[0] / point.sessions[0] == pytest.approx(expected, rel=1e-3)
 
@@ -185,6 +186,47 @@ def test_equal_seeds_give_equal_estimates(setting: Config, asked: OffPolicy) -> 
     policy = vector(setting, ALWAYS_A)
     assert again.value(policy).estimates["dr"].mean == asked.value(policy).estimates["dr"].mean
     assert again.digest == asked.digest
+
+
+def _one_more(name: str) -> Callable[[Steps], None]:
+    """Change one column or key of the first list."""
+
+    def change(steps: Steps) -> None:
+        of = steps.columns[name] if name in steps.columns else getattr(steps, name)
+        of[0] += 1
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Steps], None]] = {
+    **{name: _one_more(name) for name in ("states", "categorical", "scores", "anchor_actions", "rewards", "sessions", "users", "arms")},
+    "shown": lambda steps: steps.columns["shown"][0].put([0, 1], [0, 1]),
+    "valid": lambda steps: steps.columns["valid"][0].put(1, 0),
+    "following": lambda steps: steps.follow(np.array([0]), UNKNOWN),
+}
+
+
+def test_whatever_estimates_read_of_a_log_changes_its_digest(setting: Config) -> None:
+    config = with_codes(setting)
+
+    def digest(change: Callable[[Steps], None], *, num_candidates: int = 2, without_first: bool = False) -> str:
+        made = log_of(setting, REWARDS, LEAVES, sessions=30, seed=2)
+        steps, n = Steps(config, len(made)), len(made)
+        keys = {name: getattr(made, name) for name in ("sessions", "users", "rounds", "arms")}
+        steps.add(keys, {**made.columns, "categorical": np.zeros((n, 2, 2), np.int32)})
+        steps.follow(np.arange(n), made.following)
+        change(steps)
+        users = (np.arange(n) > 0) | (not without_first)
+        return OffPolicy(steps, config, num_candidates=num_candidates, seed=0, settings=FAST, users=users).digest
+
+    def nothing(steps: Steps) -> None:
+        """As it is."""
+
+    found = {name: digest(change) for name, change in CHANGES.items()}
+    found |= {"num_candidates": digest(nothing, num_candidates=3), "left out": digest(nothing, without_first=True)}
+    found["an unknown one left out"] = digest(CHANGES["following"], without_first=True)  # no fit reads it, but a session starts there
+    assert digest(nothing) == digest(nothing) and digest(nothing) not in found.values()
+    assert len(set(found.values())) == len(found)
 
 
 def test_a_log_that_never_shows_what_the_policy_would_is_refused_with_the_numbers(setting: Config) -> None:

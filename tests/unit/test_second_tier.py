@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from scipy.stats import binom
 
@@ -16,12 +18,13 @@ from esrl_ray.evaluation.second_tier import (
     Rule,
     SecondTierVerdict,
     held_out,
+    judge_log,
     judge_second_tier,
     load_verdict,
     save_verdict,
 )
 from esrl_ray.evaluation.support import SupportLimits
-from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, two_items, vector
+from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
 
 LIMITS = SupportLimits(min_users=50, min_sessions=50, min_overlap=0.3, min_ess=100.0, min_ess_share=0.1)
 FAST = Settings(num_updates=0, resamples=100, num_groups=100, limits=LIMITS)
@@ -110,6 +113,22 @@ def test_what_is_not_held_out_does_not_change_the_verdict(setting: Config) -> No
         arguments = {"num_candidates": 2, "seed": 0, "rule": Rule(), "settings": FAST}
         verdicts.append(judge_second_tier(vector(setting, ALWAYS_A), vector(setting, ALWAYS_B), steps, setting, **arguments))  # type: ignore[arg-type]
     assert (verdicts[0].difference, verdicts[0].low) == (verdicts[1].difference, verdicts[1].low)
+
+
+def test_sessions_whose_beginning_is_not_in_the_log_do_not_enter_as_half_ones(setting: Config) -> None:
+    table = table_of(log_of(setting, (1.0, 0.2), WORSE, sessions=400, seed=0))
+    longer = pc.unique(table.filter(pc.equal(table["index"], 1))["session_id"]).to_pylist()[::2]
+    begins_late = pc.is_in(table["session_id"], value_set=pa.array(longer))
+    cut = table.filter(pc.invert(pc.and_(begins_late, pc.equal(table["index"], 0))))
+    whole = table.filter(pc.invert(begins_late))
+    assert len(longer) > 100 and len(cut) == len(table) - len(longer) > len(whole)
+
+    def judged(read: pa.Table) -> SecondTierVerdict:
+        return judge_log(vector(setting, ALWAYS_B), vector(setting, ALWAYS_A), setting, lambda number, keep: read, seed=0, settings=FAST)
+
+    verdict = judged(cut)
+    assert verdict == judged(whole) and verdict.difference is not None
+    assert (verdict.lists, verdict.users) == (len(whole), 400 - len(longer))
 
 
 def test_the_verdict_comes_back_from_beside_the_policy_with_all_it_was_said_from(setting: Config, tmp_path: Path) -> None:
