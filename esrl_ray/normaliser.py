@@ -36,12 +36,17 @@ def mean_input(states: Floats, scores: Floats, valid: Floats) -> Floats:
     return means
 
 
+CONSTANT = 1e9
+"""Standard deviation of an input that has never varied. Its weights are as they were drawn: whatever its unit, they must not meet it when
+it first moves; and folding the next normaliser in, which knows its unit, leaves next to nothing of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Normaliser:
     """`x = (raw - mean) / std` for each of the F + k numeric inputs."""
 
     mean: Floats  # (F + k,)
-    std: Floats  # (F + k,) never below 1e-3
+    std: Floats  # (F + k,) never below 1e-3, CONSTANT of what did not vary
 
     @classmethod
     def identity(cls, spec: Spec) -> Self:
@@ -58,14 +63,16 @@ class Normaliser:
     def fit(cls, states: Floats, scores: Floats, valid: Bools) -> Self:
         """Statistics of the valid pairs of a batch of lists.
 
-        What does not vary has standard deviation 1: its weights are not learnt yet, and must not meet an input of hundreds when it first
-        moves, nor grow by as much when the next normaliser is folded in.
-
         Args:
             states: (B, G, F).
             scores: (B, G, k).
             valid: (B, G); padding enters nothing.
         """
         raw = numeric_input(states[valid], scores[valid]).astype(np.float64)
-        std = np.where(np.ptp(raw, axis=0) > 0, np.maximum(raw.std(0), 1e-3), 1.0)
+        std = np.where(np.ptp(raw, axis=0) > 0, np.maximum(raw.std(0), 1e-3), CONSTANT)
         return cls(raw.mean(0).astype(np.float32), std.astype(np.float32))
+
+    def after(self, old: Self) -> Self:
+        """These statistics, and older ones of inputs that varied before and do not now."""
+        still = self.std >= CONSTANT
+        return type(self)(np.where(still, old.mean, self.mean), np.where(still, old.std, self.std))

@@ -27,18 +27,23 @@ class Bounds(NamedTuple):
         return self.high - self.low
 
 
-def relative_actions(actions: torch.Tensor, anchors: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Action input of the critics (ours): `(a - mu_bp(s)) / (upper - lower)`.
+def action_input(actions: torch.Tensor, anchors: torch.Tensor, bounds: Bounds, *, relative: bool) -> torch.Tensor:
+    """Action input of the critics (ours), in widths of the bounds: `a / (upper - lower)`, or `(a - mu_bp(s)) / (upper - lower)`.
+
+    An actor that follows dQ/da needs a itself. The anchor moves from round to round: a slope learnt relative to old ones, followed from the
+    newest, leads past the best action and on. Where values are only compared, relative input: a itself tells which anchor, hence which
+    round, a list is of.
 
     Args:
         actions: (..., A) a.
         anchors: (..., A) mu_bp(s), the centre of exploration when the action was taken.
         bounds: Of exploration.
+        relative: Which of the two.
 
     Returns:
-        (..., A); in [low, high] / width for an explored action.
+        (..., A); relative, in [low, high] / width for an explored action.
     """
-    return (actions - anchors) / bounds.width
+    return (actions - anchors if relative else actions) / bounds.width
 
 
 def excess(actions: torch.Tensor, anchors: torch.Tensor, bounds: Bounds) -> torch.Tensor:

@@ -52,19 +52,19 @@ class Critics(nn.Module):
         self.weights = nn.ParameterList(uniform_(e, a, b, fan_in=a) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(uniform_(e, 1, b, fan_in=a) for a, b in pairwise(widths))
 
-    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor, relative_actions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor, actions: torch.Tensor | None = None) -> torch.Tensor:
         """Values of pairs.
 
         Args:
             numeric: (N, F + k) float32, normalised.
             categorical: (N, C) int64 codes.
-            relative_actions: (N, A) `(a - anchor) / width of the bounds`; None for critics that do not see actions.
+            actions: (N, A) from `losses.action_input`; None for critics that do not see actions.
 
         Returns:
             (q, m, N).
         """
         q, m = self.shape
-        x = numeric if relative_actions is None else torch.cat([numeric, relative_actions], dim=-1)  # (N, in), the same for all critics
+        x = numeric if actions is None else torch.cat([numeric, actions], dim=-1)  # (N, in), the same for all critics
         if len(self.embeddings) > 0:
             looked_up = [table[:, categorical[:, c]] for c, table in enumerate(self.embeddings)]  # each (q m, N, embedding)
             x = torch.cat([x.expand(q * m, -1, -1), *looked_up], dim=-1)
@@ -207,6 +207,7 @@ class Networks(nn.Module):
         """
         old, scale = self.normaliser, torch.as_tensor(value_scale, device=self.value_scale.device)
         if fold:
+            normaliser = normaliser.after(old)
             for network in (self.actor, self.critics, self.target_actor, self.target_critics, self.anchor):
                 if network is not None:
                     network.fold(old, normaliser)

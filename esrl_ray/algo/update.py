@@ -58,6 +58,11 @@ class LearnState:
     gradient_steps: int = 0
     losses: StepLosses = field(default_factory=lambda: StepLosses(_critic_losses, _actor_loss))
 
+    @property
+    def relative(self) -> bool:
+        """Whether critics see actions relative to the anchor (`losses.action_input`)."""
+        return self.learner.actor_loss == "listwise"
+
     @classmethod
     def create(cls, config: Config, *, device: str | None = None) -> Self:
         """A fresh learner that starts at the control policy.
@@ -118,7 +123,7 @@ class Batch:
     shown: torch.Tensor  # (B, P)
     list_numeric: torch.Tensor  # (B, L, F + k)
     list_categorical: torch.Tensor  # (B, L, C)
-    list_relative: torch.Tensor  # (B, L, A) taken actions, relative to their logged anchors
+    list_actions: torch.Tensor  # (B, L, A) taken actions, as critics see them
     list_rewards: torch.Tensor  # (B, L, q) in units of the value scale
     list_shown: torch.Tensor  # (B, L)
     next_numeric: torch.Tensor  # (B, M, F + k)
@@ -153,7 +158,7 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
     if state.learner.level == "request":
         c = request_level(c)
     numeric, categorical = networks.visible(networks.numeric(c["states"], c["scores"]), c["categorical"].long())
-    relative = losses.relative_actions(c["actions"], c["anchor_actions"], state.bounds)
+    actions = losses.action_input(c["actions"], c["anchor_actions"], state.bounds, relative=state.relative)
     future = None
     if isinstance(networks.critics, SplitCritics):
         future = future_of(networks, c, score_changes=state.learner.score_changes)
@@ -169,7 +174,7 @@ def prepare(state: LearnState, batch: TransitionBatch | Mapping[str, torch.Tenso
         shown=c["shown"],
         list_numeric=_pick(numeric, shown),
         list_categorical=_pick(categorical, shown),
-        list_relative=_pick(relative, shown),
+        list_actions=_pick(actions, shown),
         list_rewards=_pick(c["rewards"] / networks.value_scale, shown),
         list_shown=c["shown"].gather(1, shown),
         next_numeric=next_list,
@@ -261,12 +266,12 @@ def _critic_losses(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch
     assert isinstance(networks.target_critics, Critics) and networks.target_actor is not None
     with torch.no_grad():
         next_actions = networks.target_actor(batch.next_numeric, batch.next_categorical)  # (B, M, A)
-        relative = losses.relative_actions(next_actions, batch.next_anchors, bounds)
-        next_values = _values(networks.target_critics, batch.next_numeric, batch.next_categorical, relative)  # (q, m, B, M)
+        inputs = losses.action_input(next_actions, batch.next_anchors, bounds, relative=state.relative)
+        next_values = _values(networks.target_critics, batch.next_numeric, batch.next_categorical, inputs)  # (q, m, B, M)
         next_phi = losses.phi(losses.excess(next_actions, batch.next_anchors, bounds), bounds, beta=learner.penalty_scale)
         if learner.phi:
             next_values = next_values * next_phi
-    values = _values(networks.critics, batch.list_numeric, batch.list_categorical, batch.list_relative)  # (q, m, B, L)
+    values = _values(networks.critics, batch.list_numeric, batch.list_categorical, batch.list_actions)  # (q, m, B, L)
     td = losses.list_sum_td if learner.critic == "list_sum" else losses.per_pair_td
     each = td(
         values,
@@ -331,8 +336,8 @@ def _actor_loss(state: LearnState, batch: Batch) -> tuple[torch.Tensor, torch.Te
             reward = losses.pessimistic_values(predicted, weights, std_penalty=learner.std_penalty)
             long_term: torch.Tensor = networks.critics.long_term(_effects(networks, batch.numeric, predicted))
             return reward + learner.long_term_weight * long_term
-        relative = losses.relative_actions(actions, batch.anchors, bounds)
-        values = _values(networks.critics, batch.numeric, batch.categorical, relative)
+        inputs = losses.action_input(actions, batch.anchors, bounds, relative=state.relative)
+        values = _values(networks.critics, batch.numeric, batch.categorical, inputs)
         return losses.pessimistic_values(values, weights, std_penalty=learner.std_penalty)
 
     if learner.actor_loss == "listwise":
@@ -362,9 +367,9 @@ def _step(
     return norm
 
 
-def _values(critics: Critics, numeric: torch.Tensor, categorical: torch.Tensor, relative: torch.Tensor | None = None) -> torch.Tensor:
+def _values(critics: Critics, numeric: torch.Tensor, categorical: torch.Tensor, actions: torch.Tensor | None = None) -> torch.Tensor:
     """Values of padded pairs (B, P, ...): (q, m, B, P)."""
-    taken = None if relative is None else relative.flatten(0, 1)
+    taken = None if actions is None else actions.flatten(0, 1)
     values: torch.Tensor = critics(numeric.flatten(0, 1), categorical.flatten(0, 1), taken)
     return values.view(*critics.shape, *numeric.shape[:2])
 

@@ -132,8 +132,10 @@ def test_phi_is_one_inside_and_decays_by_the_mean_excess() -> None:
     assert float(losses.phi(torch.tensor([0.18, 0.0]), BOUNDS, beta=0.3)) == pytest.approx(math.exp(-1), rel=1e-5)
 
 
-def test_relative_actions_are_in_widths_of_the_bounds() -> None:
-    assert losses.relative_actions(torch.tensor([0.25]), torch.tensor([0.1]), BOUNDS).item() == pytest.approx(0.5)
+def test_action_input_is_in_widths_of_the_bounds() -> None:
+    actions, anchors = torch.tensor([0.25]), torch.tensor([0.1])
+    assert losses.action_input(actions, anchors, BOUNDS, relative=True).item() == pytest.approx(0.5)
+    assert losses.action_input(actions, anchors, BOUNDS, relative=False).item() == pytest.approx(0.25 / 0.3)
 
 
 def test_pessimistic_values_by_hand() -> None:

@@ -184,6 +184,36 @@ def test_folding_changes_no_function() -> None:
     assert networks.normaliser.mean.tolist() == _normaliser(2).mean.tolist()
 
 
+@pytest.mark.parametrize("unit", [1.0, 1000.0])
+def test_an_input_that_first_moves_after_the_fit_does_not_saturate_the_policy(unit: float) -> None:
+    networks, rng = _networks(), np.random.default_rng(0)
+    states, scores = rng.normal(size=(64, 4, 3)).astype(np.float32), np.exp(rng.normal(size=(64, 4, 2))).astype(np.float32)
+    codes, everything = torch.zeros(64, 4, 2, dtype=torch.int64), np.ones((64, 4), bool)
+    states[..., 0] = 0
+    networks.set_scales(Normaliser.fit(states, scores, everything), np.ones(2, np.float32), fold=False)
+    _loud(networks.actor)
+
+    def acts() -> torch.Tensor:
+        actions: torch.Tensor = networks.actor(networks.numeric(torch.from_numpy(states), torch.from_numpy(scores)), codes)
+        return actions
+
+    assert isinstance(networks.actor, Actor)
+    before, layer = acts(), networks.actor.layers[0]
+    assert isinstance(layer, torch.nn.Linear)
+    states[..., 0] = unit * (rng.random((64, 1)) < 0.3)
+    assert torch.allclose(acts(), before, atol=1e-4)
+    networks.set_scales(Normaliser.fit(states, scores, everything), np.ones(2, np.float32), fold=True)
+    assert torch.allclose(acts(), before, atol=1e-4) and layer.weight[:, 0].abs().max() < 1e-4
+    own = networks.normaliser
+    with torch.no_grad():
+        layer.weight[:, 0] = 0.2
+    learnt = acts()
+    still = states.copy()
+    still[..., 0] = unit
+    networks.set_scales(Normaliser.fit(still, scores, everything), np.ones(2, np.float32), fold=True)  # it stands still for a round
+    assert torch.allclose(acts(), learnt, atol=1e-4) and networks.std[0] == own.std[0]
+
+
 def test_the_anchor_is_the_policy_it_was_made_of() -> None:
     networks, own = _networks(), _normaliser(3)
     networks.set_scales(_normaliser(1), np.ones(2, np.float32), fold=False)

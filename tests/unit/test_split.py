@@ -177,8 +177,8 @@ def test_request_level_sums_rewards_and_averages_actions(config: Config) -> None
     shown = t["shown"] > 0
     assert batch.numeric.shape[1] == 1
     np.testing.assert_allclose(batch.list_rewards[:, 0], (t["rewards"] * shown[..., None]).sum(1), rtol=1e-5, atol=1e-5)
-    expected = [(t["actions"][i] - t["anchor_actions"][i])[shown[i]].mean(0) / state.bounds.width for i in range(8)]
-    np.testing.assert_allclose(batch.list_relative[:, 0], expected, rtol=1e-4, atol=1e-5)
+    expected = [t["actions"][i][shown[i]].mean(0) / state.bounds.width for i in range(8)]
+    np.testing.assert_allclose(batch.list_actions[:, 0], expected, rtol=1e-4, atol=1e-5)
     item = slice(len(config.spec.user_features), len(config.spec.user_features) + len(config.spec.item_features))
     assert not batch.numeric[..., item].any() and not batch.numeric[..., config.spec.build().num_features :].any()
     cast(Any, t)["states"][..., item] += 3
