@@ -17,6 +17,7 @@ from ray.rllib.algorithms.iql.torch.default_iql_torch_rl_module import DefaultIQ
 from ray.rllib.algorithms.iql.torch.iql_torch_learner import IQLTorchLearner
 from ray.rllib.algorithms.sac.torch.default_sac_torch_rl_module import DefaultSACTorchRLModule
 from ray.rllib.algorithms.sac.torch.sac_torch_learner import SACTorchLearner
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
 from ray.rllib.env import INPUT_ENV_SPACES
@@ -164,6 +165,29 @@ def test_a_peer_moves_towards_actions_that_pay(name: str, gradient_steps: int, c
     finally:
         rewards[:] = logged
     assert chosen[0] - chosen[1] > 0.05, chosen  # seeds 2 and 3: sac 1.3 and 1.9, cql 1.5 and 1.5, iql .17 and .07
+
+
+@pytest.mark.parametrize("name", ["sac", "iql"])
+def test_a_peer_s_rewards_are_scaled(name: str, config: Config, steps: Steps) -> None:
+    rewards, logged = steps.columns["rewards"], steps.columns["rewards"].copy()
+    once, scaled = PeerSettings(1e-3, 1e-3), PeerSettings(1e-3, 1e-3, reward_scale=4)
+
+    def fit(settings: PeerSettings) -> Floats:
+        return actions_of(RLlibPeer(name, config, seed=2, gradient_steps=20, settings=settings).fit(steps), steps)
+
+    plain, wanted = fit(once), fit(scaled)
+    try:
+        rewards *= 4
+        assert np.array_equal(fit(once), wanted) and not np.array_equal(plain, wanted)
+    finally:
+        rewards[:] = logged
+
+
+def test_sac_s_entropy_weight_begins_where_the_settings_say(config: Config, steps: Steps) -> None:
+    peer = RLlibPeer("sac", config, seed=0, gradient_steps=10, settings=PeerSettings(1e-9, 1e-9, initial_alpha=0.1))
+    peer.fit(steps)
+    (result,) = peer.algorithm.learner_group.foreach_learner(lambda learner: learner.curr_log_alpha[DEFAULT_MODULE_ID].exp().item())
+    assert result.get() == pytest.approx(0.1, rel=1e-3)
 
 
 def test_rllib_s_deterministic_action_is_not_squashed() -> None:
