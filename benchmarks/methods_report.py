@@ -38,8 +38,8 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         f"Reward per session of the policy after {rows[0].num_steps:,} list requests, played frozen, without noise, on "
         f"{rows[0].sessions:,} unseen sessions with common random "
         "numbers; ± is the half width of a 95 % t interval over runs, for these worlds; `other worlds` is that of a mean over worlds drawn "
-        "like these, from the means of each. Best round = the highest "
-        "point of the mean learning curve, on half as many sessions. Share = (reward - control) / (observed-features oracle - control), of "
+        "like these, from the means of each. Best round = the mean of "
+        "each run's best, on half as many sessions, which flatters: nobody knows it beforehand. Share = (reward - control) / (observed-features oracle - control), of "
         "runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
         f"{', '.join(sorted({row.machine for row in rows}))}, shared. A method with fewer runs has the first seeds; the last column says "
@@ -80,9 +80,9 @@ def _over_worlds(rows: Sequence[Row], values: Sequence[float]) -> str:
 
 
 def _best_round(rows: Sequence[Row]) -> str:
-    """The highest point of the mean curve."""
-    curves = [[point.reward for point in row.curve] for row in rows if row.curve]
-    return f"{np.mean(curves, 0).max():.1f}" if curves else "-"
+    """Mean over runs of the highest point of their curves."""
+    best = [max(point.reward for point in row.curve) for row in rows if row.curve]
+    return f"{np.mean(best):.1f}" if best else "-"
 
 
 def _cell(values: Sequence[float], unit: str = "", *, digits: int = 1) -> str:
