@@ -39,8 +39,8 @@ def write_report(rows: Sequence[Row], stem: Path) -> None:
         f"{rows[0].sessions:,} unseen sessions with common random "
         "numbers; ± is the half width of a 95 % t interval over runs, for these worlds; `other worlds` is that of a mean over worlds drawn "
         "like these, from the means of each. Best round = the mean of "
-        "each run's best, on half as many sessions, which flatters: nobody knows it beforehand. Share = (reward - control) / (observed-features oracle - control), of "
-        "runs whose world and seed have both.",
+        "each run's best, on half as many sessions, which flatters: nobody knows it beforehand. "
+        "Share = (reward - control) / (observed-features oracle - control), of runs whose world and seed have both.",
         f"Worlds {', '.join(map(str, worlds))}; seeds {', '.join(map(str, sorted({row.seed for row in rows})))}; "
         f"{', '.join(sorted({row.machine for row in rows}))}, shared. A method with fewer runs has the first seeds; the last column says "
         f"of which commits its rows are. Written by `python -m benchmarks.methods{chosen} --worlds {','.join(map(str, worlds))} "
