@@ -294,7 +294,7 @@ class TrainingLoop:
                 return version
             else:
                 self._go_on(turn.number, f"version {version} is not promoted: {verdict.text}")
-        elif current.version == turn.anchor_version:
+        elif current.version == turn.anchor_version or current.manifest.kind is PolicyKind.SCORE:  # no actions to explore around
             self._go_on(turn.number, "no new policy")
         elif mode == "off" or self._read_newest is None:
             return current.version

@@ -14,13 +14,16 @@ import pytest
 import ray
 
 from esrl_ray import actors
+from esrl_ray.algo.actor import PairNetwork
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import LoopError
+from esrl_ray.errors import LoopError, PolicyRejected
 from esrl_ray.evaluation.second_tier import Rule, SecondTierVerdict, abstained, load_verdict
 from esrl_ray.learning import loop as loop_module
 from esrl_ray.learning.loop import TrainingLoop
-from esrl_ray.policy.policy import Policy
+from esrl_ray.normaliser import Normaliser
+from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import CONTROL_VERSION, PolicyStore, version_folder
+from esrl_ray.spec import Spec
 
 
 class Local:
@@ -92,6 +95,12 @@ class Ending:
         return self.store.current.round.anchor_version
 
 
+def scoring(spec: Spec) -> Policy:
+    network = PairNetwork(spec, (8,), 4, num_outputs=1)
+    made = Manifest(version=0, digest="", kind=PolicyKind.SCORE, spec=spec, hidden_sizes=(8,), embedding_size=4)
+    return Policy.of(made, {name: value.numpy() for name, value in network.state_dict().items()}, Normaliser.identity(spec))
+
+
 @pytest.fixture
 def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ending]:
     return lambda mode: Ending(tmp_path, mode, monkeypatch)
@@ -147,6 +156,17 @@ def test_without_the_second_tier_the_newest_version_becomes_the_anchor_at_once(
         at.end()
     assert at.anchor == version and not FakeJudging.made
     assert f"policy promoted version={version} round=1 by=first tier only" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["off", "block"])
+def test_a_policy_that_scores_pairs_by_itself_serves_and_does_not_become_the_anchor(ending: Callable[[str], Ending], mode: str) -> None:
+    at = ending(mode)
+    version = at.store.publish(scoring(at.config.spec.build()).to_bytes(), None)
+    at.end()
+    assert (at.store.current.version, at.anchor) == (version, CONTROL_VERSION) and not FakeJudging.made
+    assert at.loop._progress.round_from == 700
+    with pytest.raises(PolicyRejected, match=f"version {version} scores pairs by itself"):
+        at.store.start_round(msgspec.structs.replace(at.store.current.round, number=1, anchor_version=version))
 
 
 def test_a_pin_holds_back_what_was_judged_meanwhile(ending: Callable[[str], Ending]) -> None:
