@@ -110,7 +110,7 @@ def judge(config: Config, *, address: str | None, version: int, against: int | N
 @_address
 @_deployment
 def publish(config: Config, *, address: str | None, folder: Path) -> None:
-    """Serve the policy in FOLDER, e.g. of `esrl train --log`, and explore around it from now on; a learner that starts then starts from it.
+    """Serve the policy in FOLDER, e.g. of `esrl train --log`, and explore around it from now on, where the learner goes on, running or not.
 
     A policy that scores pairs by itself has no actions to explore around: it serves, and the anchor stays.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import CONTROL_VERSION, PolicyStore, version_folder
 from esrl_ray.spec import Spec
+from tests.transitions import make_transitions
 
 
 class Local:
@@ -51,6 +53,16 @@ class FakeJudging:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+class Calls:
+    """A learner that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: self.made.append(name)
 
 
 class Ending:
@@ -201,6 +213,40 @@ def test_a_round_that_someone_else_started_is_not_ended_by_an_old_verdict(ending
     at.says("pass")
     at.end()
     assert (at.store.current.round.number, at.anchor) == (5, other)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_round_that_someone_else_started_is_entered_at_the_next_look_and_an_anchor_from_elsewhere_is_learnt_on_from(
+    ending: Callable[[str], Ending], monkeypatch: pytest.MonkeyPatch, *, ours: bool
+) -> None:
+    at, spec, stop = ending("off"), load_config("configs/demo.yaml").spec.build(), threading.Event()
+    brought = Policy.static(spec, np.full(spec.num_actions, 0.6, np.float32))
+    digest = at.loop._config_digest if ours else "another"
+    version = at.store.publish(brought.numbered(0, config_digest=digest).to_bytes(), None)
+    at.store.start_round(msgspec.structs.replace(at.store.current.round, number=1, anchor_version=version))
+    at.loop._shards = SimpleNamespace(  # type: ignore[assignment]
+        inserted=700, watch=lambda _: None, at_most=lambda count: count, recent=lambda _: make_transitions(at.config, 50)
+    )
+    at.loop._progress.fitted, at.loop._last["watch"] = True, -loop_module.WATCH_MS
+    monkeypatch.setattr(at.loop, "_train", lambda _: stop.set())
+    monkeypatch.setattr(at.loop, "_save", lambda _: None)
+    learner = Calls()
+    at.loop._learn(learner, stop)  # type: ignore[arg-type]
+    assert (at.loop.status()["round"], at.loop._progress.round_from) == (1, 700), "its own round has 4,300 steps to go"
+    assert learner.made == ["set_scales", "set_anchor", *([] if ours else ["start_from_anchor"])]
+
+
+@pytest.mark.parametrize(("value", "starts"), [(0.0, False), (0.6, True)])
+def test_learning_that_begins_starts_from_any_anchor_but_control(
+    ending: Callable[[str], Ending], monkeypatch: pytest.MonkeyPatch, value: float, *, starts: bool
+) -> None:
+    at = ending("off")
+    at.store.start_round(msgspec.structs.replace(at.store.current.round, number=1, anchor_version=at.publish(value)))
+    at.loop._shards = SimpleNamespace(inserted=5_000, recent=lambda _: make_transitions(at.config, 50))  # type: ignore[assignment]
+    monkeypatch.setattr(at.loop, "_save", lambda _: None)
+    learner = Calls()
+    assert at.loop._warm_up(learner)  # type: ignore[arg-type]
+    assert learner.made == ["set_scales", "set_anchor", *(["start_from_anchor"] if starts else [])]
 
 
 def test_a_loop_that_ends_gives_up_its_judgement(ending: Callable[[str], Ending]) -> None:
