@@ -383,6 +383,11 @@ class Config(Section):
             )
         if replay.sample_without_next and learner.gamma > 0:
             raise ValueError(f"replay.sample_without_next needs learner.gamma 0, it is {learner.gamma}: nothing to bootstrap from")
+        if self.max_pairs == 1 and learner.actor_loss == "listwise":
+            raise ValueError(
+                f"serve.list_size {self.serve.list_size} + num_unshown {self.serve.num_unshown} = 1 pair a list, which learner.actor_loss "
+                "listwise has nothing to weigh against: its gradient is 0; raise num_unshown, or set critic list_sum, actor_loss printed"
+            )
         if self.ingest.num_workers > self.kafka.num_partitions:
             raise ValueError(
                 f"ingest.num_workers {self.ingest.num_workers} > kafka.num_partitions {self.kafka.num_partitions}: "

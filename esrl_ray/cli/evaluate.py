@@ -74,9 +74,10 @@ def evaluate(
     config = load_config(path, overrides, environment=os.environ)
     spec = config.spec.build()
     policies = {"policy": Policy.load(folder), "against": Policy.load(against) if against else Policy.static(spec)}
-    for policy in policies.values():
+    for name, policy in policies.items():
         if policy.spec != spec:
-            raise SpecMismatch(f"policy is for spec {policy.spec.digest}, this deployment's is {spec.digest}", str(folder))
+            where = str(folder if name == "policy" else against)
+            raise SpecMismatch(f"policy is for spec {policy.spec.digest}, this deployment's is {spec.digest}", where)
     read, warning = read_log(log, config, as_of), None
     if config.policy.held_out_share and not all_users:
         read = read.of_users(config, held_out=True)

@@ -79,9 +79,9 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
     found = Path(path)
     if "://" not in path and not found.exists():
         raise LogError("there is nothing there", path, _WHAT)
-    if found.is_file() or (found.is_dir() and any(found.glob("*.parquet")) and not (found / "_delta_log").exists()):
+    if is_parquet(found):
         return _in_order(_read_parquet(path), config, path, str(found.resolve()), {})
-    root = _root(path, config.spec.build().digest)
+    root = step_log_root(path, config.spec.build().digest)
     workers = list_workers(root)
     check_rewards(root, config.reward)
     lineage = parse_as_of(tuple(as_of), workers) if as_of else last_commits(root, workers)
@@ -92,14 +92,18 @@ def read_log(path: str, config: Config, as_of: Sequence[str] = ()) -> ReadLog:
     return _in_order(table, config, root, root if "://" in root else str(Path(root).resolve()), lineage)
 
 
-def _in_order(table: pa.Table, config: Config, path: str, where: str, lineage: dict[str, int]) -> ReadLog:
-    if "event_time_ms" in table.column_names:  # else `logged_steps` says that it is missing
-        table = table.sort_by("event_time_ms")
-    return ReadLog(logged_steps(table, config, path), table, where, lineage)
+def is_parquet(path: Path) -> bool:
+    """Whether this is a file, or a folder of Parquet files that is no table of a step log."""
+    return path.is_file() or (path.is_dir() and any(path.glob("*.parquet")) and not (path / "_delta_log").exists())
 
 
-def _root(path: str, digest: str) -> str:
-    """The folder of the workers' tables of this spec."""
+def step_log_root(path: str, digest: str) -> str:
+    """The folder of the workers' tables of a spec, in a run's folder, in that of its step logs, or itself.
+
+    Raises:
+        LogError: there is no step log.
+        SpecMismatch: there are logs of other specs only.
+    """
     base = path.rstrip("/")
     for candidate in (base, f"{base}/{digest}", f"{base}/log/{digest}"):
         if list_workers(candidate):
@@ -116,6 +120,12 @@ def _root(path: str, digest: str) -> str:
         if (Path(base) / "_delta_log").is_dir():
             raise LogError("this is the table of one ingest worker", base, "name the folder above it")
     raise LogError("there is no step log", base, _WHAT)
+
+
+def _in_order(table: pa.Table, config: Config, path: str, where: str, lineage: dict[str, int]) -> ReadLog:
+    if "event_time_ms" in table.column_names:  # else `logged_steps` says that it is missing
+        table = table.sort_by("event_time_ms")
+    return ReadLog(logged_steps(table, config, path), table, where, lineage)
 
 
 def _read_parquet(path: str) -> pa.Table:

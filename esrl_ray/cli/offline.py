@@ -62,7 +62,9 @@ def train_offline(config: Config, asked: Offline, *, stop_on_signals: Callable[[
     if config.policy.held_out_share:
         whole, log = len(log.steps), log.of_users(config, held_out=False)
         click.echo(f"held out        {whole - len(log.steps):,} steps, for `esrl evaluate`")
-    click.echo(f"steps           {len(log.steps):,} in {log.num_sessions:,} sessions, {len(log.steps.samplable()):,} to learn from")
+    without_next = config.replay.sample_without_next and asked.method in (*ENHANCEDRL, *RLLIB_PEERS)  # td3 has its own discount
+    known = len(log.steps.samplable(without_next=without_next))
+    click.echo(f"steps           {len(log.steps):,} in {log.num_sessions:,} sessions, {known:,} to learn from")
     started = time.monotonic()
     learn = _with_checkpoints if asked.method in ENHANCEDRL else _without_checkpoints
     policy, losses = learn(config, asked, log, folder, seed, stop_on_signals)

@@ -20,9 +20,9 @@ import ray
 import torch
 
 from esrl_ray import actors
-from esrl_ray.cli.logged import read_log
+from esrl_ray.cli.logged import is_parquet, read_log, step_log_root
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import ConfigError, EsrlError, PolicyRejected
+from esrl_ray.errors import ConfigError, EsrlError, InputDataError, PolicyRejected
 from esrl_ray.evaluation.second_tier import KeepRows, ReadNewest, judge_log, load_verdict
 from esrl_ray.learning.rounds import next_round
 from esrl_ray.policy.policy import Policy, PolicyKind
@@ -85,7 +85,11 @@ def show(config: Config, *, version: int) -> None:
 @policy_group.command()
 @click.argument("version", type=click.IntRange(min=1))
 @click.option("--against", type=click.IntRange(min=1), help="Version to compare with; default: the anchor of the round.")
-@click.option("--log", type=click.Path(path_type=Path, exists=True), help="Step log, or Parquet file of steps; default: the run's own.")
+@click.option(
+    "--log",
+    type=click.Path(path_type=Path, exists=True),
+    help="As `esrl train --log` takes it; Parquet needs index and num_candidates too. Default: the run's own.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, features, resamples.")
 @_address
 @_deployment
@@ -106,7 +110,7 @@ def judge(config: Config, *, address: str | None, version: int, against: int | N
 @_address
 @_deployment
 def publish(config: Config, *, address: str | None, folder: Path) -> None:
-    """Serve the policy in FOLDER, e.g. of `esrl train --log`, and explore around it from now on; a learner that starts then starts from it.
+    """Serve the policy in FOLDER, e.g. of `esrl train --log`, and explore around it from now on, where the learner goes on, running or not.
 
     A policy that scores pairs by itself has no actions to explore around: it serves, and the anchor stays.
     """
@@ -164,16 +168,21 @@ def unpin(config: Config, *, address: str | None) -> None:
 
 
 def _reader(log: Path | None, config: Config) -> ReadNewest:
-    """Reader of a step log's newest steps, or of a Parquet file's."""
-    if log is None or not log.is_file():
-        return functools.partial(read_newest, log or config.log_root)
+    """Reader of a step log's newest steps, or of Parquet."""
+    if log is None:
+        return functools.partial(read_newest, config.log_root)
+    if not is_parquet(log):
+        return functools.partial(read_newest, step_log_root(str(log), config.spec.build().digest))
 
-    def of_file(num_steps: int, keep: KeepRows) -> pa.Table:
+    def of_parquet(num_steps: int, keep: KeepRows) -> pa.Table:
         rows = read_log(str(log), config).table
+        if missing := [name for name in ("index", "num_candidates") if name not in rows.column_names]:
+            text = f"column {missing[0]!r} is missing: a verdict needs where a step stands in its session, and how many candidates it had"
+            raise InputDataError(text, str(log), "add it")
         kept = rows.filter(pa.array(keep(rows)))
         return kept.slice(max(0, len(kept) - num_steps))
 
-    return of_file
+    return of_parquet
 
 
 def _folder(config: Config) -> Path:

@@ -33,7 +33,7 @@ from esrl_ray.learning.shards import Shards
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import ROLLBACK, PolicySnapshot
 from esrl_ray.telemetry import Telemetry, log_change
-from esrl_ray.vocabulary import cut_lineage
+from esrl_ray.vocabulary import Round, cut_lineage
 
 PROBE_LISTS = 64
 """Recent lists that the gate judges a policy on."""
@@ -171,6 +171,8 @@ class TrainingLoop:
             if self._due("watch", WATCH_MS):
                 self._shards.watch(self._telemetry)
                 self._progress.round_from = self._shards.at_most(self._progress.round_from)  # or the round would not end for long
+                if self._progress.fitted:
+                    self._take_over(algorithm)
             if not self._progress.fitted:
                 self._state = "warming up"
                 if not self._warm_up(algorithm):
@@ -211,7 +213,7 @@ class TrainingLoop:
         algorithm.set_scales(*fit_scales(lists), fold=False)
         anchor = Policy.from_bytes(snapshot.anchor)
         algorithm.set_anchor(anchor)
-        if anchor.manifest.kind is not PolicyKind.STATIC:  # policies outlived the checkpoints
+        if anchor.manifest.kind is not PolicyKind.STATIC or anchor.parameters["action"].any():  # policies came before
             algorithm.start_from_anchor()
         self._enter(snapshot, round_from=0 if snapshot.round.number == 0 else self._shards.inserted)
         self._progress.fitted = True
@@ -259,8 +261,7 @@ class TrainingLoop:
         """Make the store's current policy, or the one that was judged, the next anchor; learning goes on while it is being judged."""
         if self._under_way() or (snapshot := self._snapshot()) is None:
             return
-        ours = (self._progress.round, self._progress.anchor_version)
-        if ours == (snapshot.round.number, snapshot.round.anchor_version):
+        if self._is_ours(snapshot.round):
             if (version := self._next_anchor(snapshot)) is None:
                 return
             turn = next_round(snapshot.round.number + 1, version, self._config, started_ms=self._clock_ms())
@@ -278,6 +279,14 @@ class TrainingLoop:
         if self._adopt(algorithm, snapshot):
             self._save(algorithm)
 
+    def _take_over(self, algorithm: EnhancedRL) -> None:
+        """Enter a round that someone else started, at once: until then the gate measures what is learnt from an anchor that is not ours."""
+        if (snapshot := self._snapshot()) is not None and not self._is_ours(snapshot.round) and self._adopt(algorithm, snapshot):
+            self._save(algorithm)
+
+    def _is_ours(self, turn: Round) -> bool:
+        return (self._progress.round, self._progress.anchor_version) == (turn.number, turn.anchor_version)
+
     def _next_anchor(self, snapshot: PolicySnapshot) -> int | None:
         """Version that becomes the next anchor. None while it is being judged, and when the round goes on: none is new, or may be."""
         turn, mode = snapshot.round, self._config.policy.second_tier
@@ -294,7 +303,7 @@ class TrainingLoop:
                 return version
             else:
                 self._go_on(turn.number, f"version {version} is not promoted: {verdict.text}")
-        elif current.version == turn.anchor_version:
+        elif current.version == turn.anchor_version or current.manifest.kind is PolicyKind.SCORE:  # no actions to explore around
             self._go_on(turn.number, "no new policy")
         elif mode == "off" or self._read_newest is None:
             return current.version
@@ -340,12 +349,15 @@ class TrainingLoop:
 
     def _adopt(self, algorithm: EnhancedRL, snapshot: PolicySnapshot) -> bool:
         """Take over the store's round when it is not ours: its anchor, and scales refitted on recent lists. False: try again later."""
-        if (self._progress.round, self._progress.anchor_version) == (snapshot.round.number, snapshot.round.anchor_version):
+        if self._is_ours(snapshot.round):
             return True
         if (lists := self._shards.recent(self._config.exploration.warmup_steps)) is None:
             return False
         algorithm.set_scales(*fit_scales(lists), fold=True)
-        algorithm.set_anchor(Policy.from_bytes(snapshot.anchor))
+        anchor = Policy.from_bytes(snapshot.anchor)
+        algorithm.set_anchor(anchor)
+        if anchor.manifest.config_digest != self._config_digest:  # from elsewhere: our actor may be far outside the bounds around it
+            algorithm.start_from_anchor()
         self._enter(snapshot, round_from=self._shards.inserted)
         return True
 

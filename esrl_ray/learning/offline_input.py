@@ -22,7 +22,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.offline.offline_data import OfflineData
 
 from esrl_ray.methods.request_level import Requests
-from esrl_ray.replay.steps import Indices
+from esrl_ray.replay.steps import LEFT, Indices
 from esrl_ray.spec import Spec
 
 FILE = "requests.parquet"
@@ -34,7 +34,8 @@ def to_records(requests: Requests, sessions: Indices, spec: Spec) -> pa.Table:
     """Requests in RLlib's columns, one record each, a session one episode.
 
     A session that goes on after its last known request is truncated there. Requests whose successor is not known (the newest of a
-    running session, the last of one that was cut off) have no next observation: they are not written, but are one before them.
+    running session, the last of one that was cut off) have no next observation: they are not written, but are one before them. Where all
+    can be sampled they are, truncated.
 
     Args:
         requests: n of them.
@@ -44,7 +45,7 @@ def to_records(requests: Requests, sessions: Indices, spec: Spec) -> pa.Table:
     known, inputs = requests.samplable, list(spec.request_inputs)
     following = requests.following[known]
     observations = requests.numeric.numpy()[:, inputs]
-    after = observations[np.where(following >= 0, following, known)]  # nothing bootstraps from the state after the end
+    after = observations[np.where(following >= 0, following, known)]  # nothing bootstraps where there is none
     written = np.isin(following, known)
     return pa.table(
         {
@@ -53,8 +54,8 @@ def to_records(requests: Requests, sessions: Indices, spec: Spec) -> pa.Table:
             Columns.NEXT_OBS: _wide(after),
             Columns.ACTIONS: _wide(requests.actions.numpy()[known]),
             Columns.REWARDS: pa.array(requests.rewards.numpy()[known]),
-            Columns.TERMINATEDS: pa.array(following < 0),
-            Columns.TRUNCATEDS: pa.array((following >= 0) & ~written),
+            Columns.TERMINATEDS: pa.array(following == LEFT),
+            Columns.TRUNCATEDS: pa.array((following != LEFT) & ~written),
             N_STEP: pa.array(np.ones(len(known), np.float32)),
             WEIGHTS: pa.array(np.ones(len(known), np.float32)),
         }

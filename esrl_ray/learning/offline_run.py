@@ -25,7 +25,7 @@ class OfflineRun(msgspec.Struct, frozen=True):
     num_steps: int  # of the log
     lineage: dict[str, int]  # {worker: commit} that the log was read up to
     seed: int
-    settings: str  # digest of spec, reward, exploration and learner
+    settings: str  # `settings_digest`
 
 
 def settings_digest(config: Config) -> str:
@@ -33,6 +33,7 @@ def settings_digest(config: Config) -> str:
     tree = config.model_dump(mode="json", include={"spec", "reward", "exploration", "learner"})
     for name in ("seed", "num_learners", "device", "checkpoint_interval_s"):
         del tree["learner"][name]
+    tree |= {"max_pairs": config.max_pairs, "sample_without_next": config.replay.sample_without_next}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

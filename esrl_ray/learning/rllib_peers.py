@@ -119,7 +119,7 @@ class RLlibPeer:
         Raises:
             MethodError: no step has a known next list or end.
         """
-        requests, allowed = self._rounds.begin(steps)
+        requests, allowed = self._rounds.begin(steps, without_next=self._config.replay.sample_without_next)
         requests = replace(requests, rewards=self.settings.reward_scale * requests.rewards)
         if self._gradient_steps is None:
             calls = max(1, round(allowed * self.settings.steps_share / UPDATES_PER_CALL))

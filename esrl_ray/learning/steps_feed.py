@@ -44,7 +44,7 @@ class LoggedSteps(OfflineData):  # type: ignore[misc]  # RLlib is untyped
 
 
 class StepsFeed:
-    """Batches for learner calls, one per learner, drawn uniformly from the steps whose next list or end is known.
+    """Batches for learner calls, one per learner, drawn uniformly from the steps that can be sampled.
 
     What call number n draws is a function of seed, n and learner: a run that was interrupted goes on as if it had not been.
 
@@ -64,7 +64,7 @@ class StepsFeed:
 
     def __init__(self, steps: Steps, config: Config, num_learners: int, *, by_reference: bool) -> None:
         self._steps, self._config, self._num_learners, self._by_reference = steps, config, num_learners, by_reference
-        self._samplable = steps.samplable()
+        self._samplable = steps.samplable(without_next=config.replay.sample_without_next)
         if not len(self._samplable):
             raise MethodError(f"none of {len(steps)} steps has a known next list or end", "the log", "give whole sessions")
         self.call = 0

@@ -46,7 +46,7 @@ class EnhancedRL:
             MethodError: no step has a known next list or end, or the steps are of another width.
         """
         require(steps, self.config.spec.build(), self.name)
-        if not len(samplable := steps.samplable()):
+        if not len(samplable := steps.samplable(without_next=self.config.replay.sample_without_next)):
             raise MethodError(f"none of {len(steps)} steps has a known next list or end", self.name, "give whole sessions")
         networks, learner = self.state.networks, self.config.learner
         newest = steps.transitions(np.arange(max(0, len(steps) - self.config.exploration.round_steps), len(steps)))

@@ -19,7 +19,7 @@ from esrl_ray.errors import MethodError
 from esrl_ray.methods.method import Exploration, require
 from esrl_ray.normaliser import Normaliser, numeric_input
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
-from esrl_ray.replay.steps import Indices, Steps
+from esrl_ray.replay.steps import LEFT, Indices, Steps
 from esrl_ray.spec import Spec
 from esrl_ray.vocabulary import Floats
 
@@ -53,7 +53,7 @@ class Requests:
         rewards: (n,) of the list, groups summed.
         following: (n,) number of the next request, negative = none or none known (`replay.steps`).
         terminated: (n,) 1 = the user left after this request.
-        samplable: Numbers of the requests whose next one or end is known.
+        samplable: Numbers of the requests whose next one or end is known, or of all.
     """
 
     numeric: torch.Tensor
@@ -65,7 +65,7 @@ class Requests:
     samplable: Indices
 
     @classmethod
-    def of(cls, steps: Steps, spec: Spec, normaliser: Normaliser, *, rewards: Floats | None = None) -> Self:
+    def of(cls, steps: Steps, spec: Spec, normaliser: Normaliser, *, rewards: Floats | None = None, without_next: bool = False) -> Self:
         """The request-level view of steps.
 
         Args:
@@ -73,6 +73,7 @@ class Requests:
             spec: Which inputs belong to user and context.
             normaliser: Of the numeric input.
             rewards: (n,) instead of the logged list rewards.
+            without_next: All can be sampled: nothing bootstraps.
         """
         c = steps.columns
         first = np.arange(len(steps)), c["valid"].argmax(1)
@@ -83,17 +84,14 @@ class Requests:
         codes[:, columns] = c["categorical"][first][:, columns]
         share = c["shown"] / np.maximum(c["shown"].sum(1, keepdims=True), 1)
         following = steps.following.copy()
-        samplable = steps.samplable()
-        terminated = np.zeros(len(steps), np.float32)
-        terminated[samplable] = following[samplable] < 0
         return cls(
             numeric=torch.from_numpy(numeric),
             categorical=torch.from_numpy(codes),
             actions=torch.from_numpy((c["actions"] * share[..., None]).sum(1)),
             rewards=torch.from_numpy(np.asarray(steps.list_rewards.sum(1) if rewards is None else rewards, np.float32)),
             following=following,
-            terminated=terminated,
-            samplable=samplable,
+            terminated=(following == LEFT).astype(np.float32),
+            samplable=steps.samplable(without_next=without_next),
         )
 
     def batch(self, requests: Indices) -> RequestBatch:
@@ -137,23 +135,24 @@ class RequestRounds:
         gaussian = None if std is None else np.full(self.spec.num_actions, std, np.float32)
         return Exploration(self._centre, low, high, std=gaussian, scope="request")
 
-    def begin(self, steps: Steps, *, rewards: Floats | None = None) -> tuple[Requests, int]:
+    def begin(self, steps: Steps, *, rewards: Floats | None = None, without_next: bool = False) -> tuple[Requests, int]:
         """The view of the steps, and the gradient steps that the new ones allow: `num_new samples_per_insert / batch_size`.
 
-        The normaliser is fitted once, on the steps of the first call: a peer keeps it, so that nothing has to be folded.
+        The normaliser is fitted once, on the steps of the first call: a peer keeps it, so that nothing has to be folded. TD3 and
+        BatchRL-MTF have a discount of their own, so that only a method that takes `learner.gamma` passes `without_next`.
 
         Raises:
             MethodError: no step has a known next list or end, or the steps are of another width.
         """
         require(steps, self.spec, self.name)
-        if not len(steps.samplable()):
+        if not len(steps.samplable(without_next=without_next)):
             raise MethodError(f"none of {len(steps)} steps has a known next list or end", self.name, "give whole sessions")
         if self._normaliser is None:
             c = steps.columns
             self._normaliser = Normaliser.fit(c["states"], c["scores"], c["valid"] > 0)
         updates = round((len(steps) - self._seen) * self.config.replay.samples_per_insert / self.config.learner.batch_size)
         self._seen = len(steps)
-        return Requests.of(steps, self.spec, self._normaliser, rewards=rewards), updates
+        return Requests.of(steps, self.spec, self._normaliser, rewards=rewards, without_next=without_next), updates
 
     def draw(self, requests: Indices) -> Indices:
         """A batch of them (B,), drawn with replacement."""

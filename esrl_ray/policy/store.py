@@ -25,7 +25,7 @@ from esrl_ray.config import Config
 from esrl_ray.errors import PolicyRejected
 from esrl_ray.evaluation.gate import judge
 from esrl_ray.evaluation.second_tier import SecondTierVerdict, save_verdict
-from esrl_ray.policy.policy import MANIFEST_FILE, Manifest, Policy
+from esrl_ray.policy.policy import MANIFEST_FILE, Manifest, Policy, PolicyKind
 from esrl_ray.vocabulary import Round, TransitionBatch
 
 CURRENT_FILE, HISTORY_FILE = "current.json", "history.jsonl"
@@ -185,7 +185,7 @@ class PolicyStore:
         """Begin the next turn of progressive training; the same round again is ignored.
 
         Raises:
-            PolicyRejected: the number does not go up, or the anchor is not a whole version of this store.
+            PolicyRejected: the number does not go up, or the anchor is not a whole version of this store, or scores pairs by itself.
         """
         if turn == self._current.round:
             return
@@ -193,7 +193,9 @@ class PolicyStore:
             raise PolicyRejected(
                 f"round {turn.number} after round {self._current.round.number}", str(self._folder), "go on from the store's round"
             )
-        self.load(turn.anchor_version)
+        if self.load(turn.anchor_version).manifest.kind is PolicyKind.SCORE:
+            text = f"version {turn.anchor_version} scores pairs by itself and has no actions to explore around"
+            raise PolicyRejected(text, str(self._folder), "make another version the anchor")
         self._change(round=turn)
         _logger.info("round started number=%d anchor=%d", turn.number, turn.anchor_version)
 

@@ -154,9 +154,9 @@ class Steps:
             batch.update(cast(TransitionBatch, more))
         return batch
 
-    def samplable(self) -> Indices:
-        """Numbers of the steps whose next list or end by the user is known."""
-        return np.flatnonzero((self.following >= 0) | (self.following == LEFT))
+    def samplable(self, *, without_next: bool = False) -> Indices:
+        """Numbers of the steps whose next list or end by the user is known; of all with `without_next` (`replay.sample_without_next`)."""
+        return np.flatnonzero((self.following >= 0) | (self.following == LEFT) | without_next)
 
     def returns(self, gamma: float) -> npt.NDArray[np.float64]:
         """(n,) discounted sums of list rewards to the end of the session, as far as it is known: `G_t = r_t + gamma G_{t+1}`."""

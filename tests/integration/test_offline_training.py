@@ -46,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 ROOT = Path(__file__).resolve().parents[2]
 SET = ["learner.batch_size=16", "learner.updates_per_call=4", "learner.hidden_sizes=[16]", "learner.soft_update_every=5"]
+EVERY_STEP = "replay.sample_without_next=true"
 NUM_GRADIENT_STEPS = 64
 WAIT_S = 400.0  # for what takes half a minute on a quiet machine
 
@@ -143,6 +144,8 @@ def test_a_run_goes_on_only_with_what_it_was_started_with(tmp_path: Path) -> Non
     ]:
         with pytest.raises(MethodError, match=text):
             begin(tmp_path, other, resume=True)
+    digests = [settings_digest(deployment("learner.gamma=0", *more)) for more in ([], ["serve.num_unshown=1"], [EVERY_STEP])]
+    assert len(set(digests)) == 3, "how many pairs of a list are kept, and which lists are sampled"
     assert settings_digest(deployment("learner.num_learners=2", "run.dir=elsewhere")) == run.settings
 
 

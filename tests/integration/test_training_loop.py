@@ -14,16 +14,20 @@ import msgspec
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.actor import ActorHandle
 
 from esrl_ray import actors
+from esrl_ray.algo.actor import make_actor
 from esrl_ray.cli import parts
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import LoopError
 from esrl_ray.learning.checkpoint import PROGRESS_FILE, Progress
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.learning.replay_shard import ReplayShard
-from esrl_ray.policy.policy import Policy, PolicyKind
+from esrl_ray.learning.rounds import next_round
+from esrl_ray.normaliser import Normaliser
+from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store_actor import PolicyStoreActor
 from esrl_ray.vocabulary import Ended, StepRow
 from streaming.steplog import StepLog, WorkerState, read_commits, read_newest
@@ -277,6 +281,27 @@ def test_a_round_that_someone_else_started_is_taken_over(running: Running) -> No
     ray.get(running.store.start_round.remote(turn))
     running.until(lambda: running.status("round") == turn.number)
     learns_on(running)
+    running.stop()
+
+
+def test_a_policy_brought_from_elsewhere_is_explored_around_and_learnt_on_from_at_once(running: Running) -> None:
+    running.until(lambda: running.status("published") >= 1)
+    learner, spec = running.config.learner, running.config.spec.build()
+    actor = make_actor(spec, learner.hidden_sizes, learner.embedding_size)
+    actor.make_constant(torch.full((spec.num_actions,), 0.8))
+    hidden, width = learner.hidden_sizes, learner.embedding_size
+    made = Manifest(version=0, digest="", kind=PolicyKind.PAIR, spec=spec, hidden_sizes=hidden, embedding_size=width, note="from elsewhere")
+    brought = Policy.of(made, {name: value.numpy() for name, value in actor.state_dict().items()}, Normaliser.identity(spec))
+    version = ray.get(running.store.publish.remote(brought.to_bytes(), None))
+    turn = next_round(ray.get(running.store.snapshot.remote()).round.number + 1, version, running.config, started_ms=clock_ms())
+    ray.get(running.store.start_round.remote(turn))
+    running.until(lambda: running.status("round") == turn.number, num_steps=0)  # its own round gets no steps
+    published = running.status("published")
+    running.until(lambda: running.status("published") > published)
+    newest = Policy.from_bytes(ray.get(running.store.snapshot.remote()).current)
+    batch = make_transitions(running.config, 64, seed=99)
+    actions = newest.act(batch["states"], batch["categorical"], batch["scores"])
+    assert newest.version > version and newest.manifest.note == "" and abs(actions.mean() - 0.8) < 0.3
     running.stop()
 
 

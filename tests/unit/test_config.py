@@ -105,6 +105,7 @@ IMPOSSIBLE = {
     "more shards than partitions": ({"replay": {"num_shards": 5}}, ["num_shards 5", "num_partitions 4"]),
     "a weight for each reward group": ({"learner": {"group_weights": [1.0, 2.0]}}, ["2 values", "1 reward groups"]),
     "a list longer than the candidates": ({"serve": {"list_size": 600}}, ["list_size 600", "max_candidates 500"]),
+    "a listwise loss over one pair": ({"serve": {"list_size": 1, "num_unshown": 0}}, ["1 + num_unshown 0 = 1", "actor_loss listwise"]),
     "a round shorter than its warm-up": ({"exploration": {"round_steps": 1_000}}, ["warmup_steps 2000", "round_steps 1000"]),
     "arms of more than all users": ({"exploration": {"explore_share": 0.8, "exploit_share": 0.3}}, ["0.8", "0.3", "1.100"]),
 }

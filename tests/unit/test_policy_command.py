@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from esrl_ray.algo.actor import make_actor
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.config import load_config
-from esrl_ray.errors import EsrlError, PolicyRejected
+from esrl_ray.errors import EsrlError, InputDataError, LogError, PolicyRejected
 from esrl_ray.evaluation.second_tier import load_verdict
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
@@ -112,10 +112,21 @@ def test_judge_reads_the_runs_log_and_keeps_a_verdict_that_show_prints(run: Path
     assert verdict is not None and verdict.rule.unseen and 0 < verdict.lists < 300 and verdict.times_ms[1] > verdict.times_ms[0] > 0
     assert verdict.candidate == store.load(version).manifest.digest
 
-    pq.write_table(table, tmp_path / "steps.parquet")
-    other = esrl_policy(run, "judge", "1", "--against", str(version), "--log", str(tmp_path / "steps.parquet"), *arguments)
+    parquet = tmp_path / "parquet" / "steps.parquet"
+    parquet.parent.mkdir()
+    pq.write_table(table, parquet)
+    other = esrl_policy(run, "judge", "1", "--against", str(version), "--log", str(parquet), *arguments)
     assert f"against version {version}" in other.stdout
     assert "is the anchor" in esrl_policy(run, "judge", "1").output
+
+    for path in (tmp_path, tmp_path / "log", Path(config.log_root), parquet.parent):
+        assert esrl_policy(run, "judge", str(version), "--log", str(path), *arguments).stdout == said
+    with pytest.raises(LogError, match="there is no step log"):
+        esrl_policy(run, "judge", str(version), "--log", str(tmp_path / "policies"), *arguments)
+    for name in ("index", "num_candidates"):
+        pq.write_table(table.drop_columns([name]), parquet)
+        with pytest.raises(InputDataError, match=f"column '{name}' is missing"):
+            esrl_policy(run, "judge", str(version), "--log", str(parquet), *arguments)
 
 
 def test_a_version_that_does_not_exist_is_refused(run: Path) -> None:

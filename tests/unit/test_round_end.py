@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,17 @@ import pytest
 import ray
 
 from esrl_ray import actors
+from esrl_ray.algo.actor import PairNetwork
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import LoopError
+from esrl_ray.errors import LoopError, PolicyRejected
 from esrl_ray.evaluation.second_tier import Rule, SecondTierVerdict, abstained, load_verdict
 from esrl_ray.learning import loop as loop_module
 from esrl_ray.learning.loop import TrainingLoop
-from esrl_ray.policy.policy import Policy
+from esrl_ray.normaliser import Normaliser
+from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
 from esrl_ray.policy.store import CONTROL_VERSION, PolicyStore, version_folder
+from esrl_ray.spec import Spec
+from tests.transitions import make_transitions
 
 
 class Local:
@@ -48,6 +53,16 @@ class FakeJudging:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+class Calls:
+    """A learner that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: self.made.append(name)
 
 
 class Ending:
@@ -90,6 +105,12 @@ class Ending:
     @property
     def anchor(self) -> int:
         return self.store.current.round.anchor_version
+
+
+def scoring(spec: Spec) -> Policy:
+    network = PairNetwork(spec, (8,), 4, num_outputs=1)
+    made = Manifest(version=0, digest="", kind=PolicyKind.SCORE, spec=spec, hidden_sizes=(8,), embedding_size=4)
+    return Policy.of(made, {name: value.numpy() for name, value in network.state_dict().items()}, Normaliser.identity(spec))
 
 
 @pytest.fixture
@@ -149,6 +170,17 @@ def test_without_the_second_tier_the_newest_version_becomes_the_anchor_at_once(
     assert f"policy promoted version={version} round=1 by=first tier only" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["off", "block"])
+def test_a_policy_that_scores_pairs_by_itself_serves_and_does_not_become_the_anchor(ending: Callable[[str], Ending], mode: str) -> None:
+    at = ending(mode)
+    version = at.store.publish(scoring(at.config.spec.build()).to_bytes(), None)
+    at.end()
+    assert (at.store.current.version, at.anchor) == (version, CONTROL_VERSION) and not FakeJudging.made
+    assert at.loop._progress.round_from == 700
+    with pytest.raises(PolicyRejected, match=f"version {version} scores pairs by itself"):
+        at.store.start_round(msgspec.structs.replace(at.store.current.round, number=1, anchor_version=version))
+
+
 def test_a_pin_holds_back_what_was_judged_meanwhile(ending: Callable[[str], Ending]) -> None:
     at = ending("block")
     at.publish(0.1)
@@ -181,6 +213,40 @@ def test_a_round_that_someone_else_started_is_not_ended_by_an_old_verdict(ending
     at.says("pass")
     at.end()
     assert (at.store.current.round.number, at.anchor) == (5, other)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_round_that_someone_else_started_is_entered_at_the_next_look_and_an_anchor_from_elsewhere_is_learnt_on_from(
+    ending: Callable[[str], Ending], monkeypatch: pytest.MonkeyPatch, *, ours: bool
+) -> None:
+    at, spec, stop = ending("off"), load_config("configs/demo.yaml").spec.build(), threading.Event()
+    brought = Policy.static(spec, np.full(spec.num_actions, 0.6, np.float32))
+    digest = at.loop._config_digest if ours else "another"
+    version = at.store.publish(brought.numbered(0, config_digest=digest).to_bytes(), None)
+    at.store.start_round(msgspec.structs.replace(at.store.current.round, number=1, anchor_version=version))
+    at.loop._shards = SimpleNamespace(  # type: ignore[assignment]
+        inserted=700, watch=lambda _: None, at_most=lambda count: count, recent=lambda _: make_transitions(at.config, 50)
+    )
+    at.loop._progress.fitted, at.loop._last["watch"] = True, -loop_module.WATCH_MS
+    monkeypatch.setattr(at.loop, "_train", lambda _: stop.set())
+    monkeypatch.setattr(at.loop, "_save", lambda _: None)
+    learner = Calls()
+    at.loop._learn(learner, stop)  # type: ignore[arg-type]
+    assert (at.loop.status()["round"], at.loop._progress.round_from) == (1, 700), "its own round has 4,300 steps to go"
+    assert learner.made == ["set_scales", "set_anchor", *([] if ours else ["start_from_anchor"])]
+
+
+@pytest.mark.parametrize(("value", "starts"), [(0.0, False), (0.6, True)])
+def test_learning_that_begins_starts_from_any_anchor_but_control(
+    ending: Callable[[str], Ending], monkeypatch: pytest.MonkeyPatch, value: float, *, starts: bool
+) -> None:
+    at = ending("off")
+    at.store.start_round(msgspec.structs.replace(at.store.current.round, number=1, anchor_version=at.publish(value)))
+    at.loop._shards = SimpleNamespace(inserted=5_000, recent=lambda _: make_transitions(at.config, 50))  # type: ignore[assignment]
+    monkeypatch.setattr(at.loop, "_save", lambda _: None)
+    learner = Calls()
+    assert at.loop._warm_up(learner)  # type: ignore[arg-type]
+    assert learner.made == ["set_scales", "set_anchor", *(["start_from_anchor"] if starts else [])]
 
 
 def test_a_loop_that_ends_gives_up_its_judgement(ending: Callable[[str], Ending]) -> None:
