@@ -29,6 +29,7 @@ from esrl_ray.errors import Diverged, LearnersLost, LoopError
 from esrl_ray.learning.algorithm_config import EnhancedRLConfig
 from esrl_ray.learning.feed import BatchFeed
 from esrl_ray.learning.learner import GRADIENT_STEPS, EnhancedRLLearner
+from esrl_ray.learning.logged_anchor import logged_anchor
 from esrl_ray.learning.module import DEPLOYMENT, EnhancedRLModule
 from esrl_ray.learning.rounds import fit_scales
 from esrl_ray.learning.steps_feed import LoggedSteps, StepsFeed
@@ -79,12 +80,15 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
         return algorithm
 
     def setup(self, config: AlgorithmConfig) -> None:
-        """Build the learners."""
+        """Build the learners; with `offline_data(input_=...)` learning begins where the log's newest round was explored around."""
         super().setup(config)
         self._feed: Feed | None = None
         self.lineage, self.num_calls = {}, 0
         if isinstance(self.offline_data, LoggedSteps):
             self.draw_from_steps(self.offline_data.steps)
+            if (anchor := logged_anchor(self.offline_data.steps, self.config.deployment)) is not None:
+                self.set_anchor(anchor)
+                self.start_from_anchor()
 
     def _setup_logdir(self) -> None:
         """A trial of Tune keeps its folder; else there is none, where the stock one leaves an empty one in the home folder each time."""

@@ -43,7 +43,7 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
 
     Each field of `LearnerConfig` is an attribute; None means the deployment's, until `validate` fills it in. `learners(num_learners=)` and
     `learners(num_gpus_per_learner=)` win over `learner.num_learners` and `learner.device`. `offline_data(input_=PATH)` learns from Parquet
-    files of the step log's schema.
+    files of the step log's schema as `esrl train --log` does: without held-out users, and from the logged anchor on.
     """
 
     deployment: Config

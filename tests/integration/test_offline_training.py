@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from click.testing import CliRunner
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -24,6 +25,7 @@ from ray.util.state import list_actors
 
 from esrl_ray.actors import NAMESPACE
 from esrl_ray.algo.update import LearnState, prepare, update
+from esrl_ray.cli.logged import read_log
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.cli.train import train
 from esrl_ray.config import Config, load_config
@@ -173,6 +175,26 @@ def test_parameters_that_are_not_finite_are_no_policy(steps: Steps, tmp_path: Pa
     algorithm = SimpleNamespace(config=settled, published=lambda: (broken, Normaliser.identity(deployment().spec.build()), 64))
     with pytest.raises(MethodError, match=r"parameters at gradient step 64 are not finite.*delete it"):
         training(steps, tmp_path)._policy(cast(EnhancedRL, algorithm))
+
+
+def test_an_algorithm_over_files_begins_at_the_logged_anchor_as_offline_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esrl_ray.learning.logged_anchor.NUM_STEPS", 50)
+    steps = simulated_steps(deployment(), 300)
+    steps.columns["anchor_actions"][:] = 0.2
+    path = str(tmp_path / "steps.parquet")
+    pq.write_table(step_table(steps), path)
+    over_files = EnhancedRLConfig().training(deployment=deployment(), seed=5).offline_data(input_=path).build_algo()
+    over_steps = training(read_log(path, deployment()).steps, tmp_path)._build()
+    try:
+        (ours,), (theirs,) = (a.each_learner(lambda learner: learner.learn_state.networks) for a in (over_files, over_steps))
+        for (name, value), (_, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+            assert torch.equal(value, expected), name
+        assert all(torch.equal(value, ours.anchor.state_dict()[name]) for name, value in ours.actor.state_dict().items())
+    finally:
+        over_files.stop()
+        over_steps.stop()
 
 
 def test_the_command_learns_and_resumes(step_log: Path, tmp_path: Path) -> None:
