@@ -108,12 +108,13 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
         """Abstract in RLlib; the fused update has no single loss."""
         raise NotImplementedError("EnhancedRLLearner steps critics and actor one after the other in _uncompiled_update")
 
-    def _average(self, gradients: list[torch.Tensor]) -> None:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+    def _average(self, tensors: list[torch.Tensor], *, total: bool = False) -> None:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat, group=self._group)
-        flat /= self.config.num_learners
-        for gradient, averaged in zip(gradients, torch.split_with_sizes(flat, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(averaged.view_as(gradient))
+        if not total:
+            flat /= self.config.num_learners
+        for tensor, of_all in zip(tensors, torch.split_with_sizes(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(of_all.view_as(tensor))
 
     def get_state(
         self, components: str | Collection[str] | None = None, *, not_components: str | Collection[str] | None = None, **kwargs: Any
