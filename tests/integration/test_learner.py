@@ -195,6 +195,15 @@ def test_settings_win_over_the_deployment_in_any_order() -> None:
     assert (default.num_learners, default.num_gpus_per_learner) == (2, 0)
 
 
+def test_one_gpu_may_be_named_in_the_drivers_process_and_not_in_an_actor() -> None:
+    config = EnhancedRLConfig().training(deployment=deployment(0, "learner.device=cuda:1"))
+    config.copy().validate()
+    actor = ray.remote(EnhancedRLConfig).options(num_cpus=0).remote()
+    with pytest.raises(ConfigError, match=r"cuda:1 names one GPU.* say cuda; CUDA_VISIBLE_DEVICES"):
+        ray.get(actor.training.remote(deployment=config.deployment))
+        ray.get(actor.validate.remote())
+
+
 def test_settings_are_checked_with_the_configurations_own_words() -> None:
     with pytest.raises(ConfigError, match=r"gamma: Input should be less than 1.*EnhancedRLConfig.training"):
         EnhancedRLConfig().training(gamma=1.5)
