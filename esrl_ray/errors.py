@@ -14,6 +14,7 @@ EsrlError
 ├── MethodError            a method cannot learn from these steps, or there is no such method
 ├── InputDataError         a column of a data file is missing or has the wrong type
 ├── LearnersLost           learners died or diverged: rebuild them from the newest checkpoint
+│   └── Diverged           they are there, and their numbers are not finite
 └── LoopError              a part of the running loop ended and cannot come back
 
 Every text says what, the actual value, what was expected, where, and what to do. An error crosses Ray by pickling its
@@ -94,6 +95,10 @@ class InputDataError(EsrlError):
 
 class LearnersLost(EsrlError):
     """Learners died or diverged; the training loop rebuilds them from the newest checkpoint."""
+
+
+class Diverged(LearnersLost):
+    """Losses or parameters are not finite numbers."""
 
 
 class LoopError(EsrlError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from esrl_ray.config import Config, LearnerConfig
 from esrl_ray.fusion import fused_scores
 from esrl_ray.vocabulary import TransitionBatch
 
-Average = Callable[[list[torch.Tensor]], None]
-"""Averages gradients over learners, in place."""
+
+class Average(Protocol):
+    """Makes one of what each learner has, in place."""
+
+    def __call__(self, tensors: list[torch.Tensor], *, total: bool = False) -> None:
+        """Means of gradients; the total of sums over lists, which are counts: half of them would be trusted half as much."""
 
 
 class StepLosses(NamedTuple):
@@ -233,7 +237,7 @@ def update(state: LearnState, batch: Batch, *, average: Average | None = None) -
     Args:
         state: Changed: parameters, optimisers, counter.
         batch: From `prepare`.
-        average: Averages gradients, before they are clipped, and the sums of the long-term effect over learners.
+        average: Averages gradients over learners, before they are clipped, and adds up their sums of the long-term effect.
     """
     if state.learner.compile:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # results of the last step's CUDA graphs may be written over
@@ -304,7 +308,7 @@ def _long_term_step(state: LearnState, batch: Batch, average: Average | None) ->
     lists = Lists(here, future.given, future.cohort, ahead, ended, (rewards * batch.list_shown).sum(-1))
     sums = critics.long_term.sums(lists, Between(there, future.next_request, future.held, future.score_change, future.change_known))
     if average is not None:
-        average(list(sums))
+        average(list(sums), total=True)
     critics.long_term.add(sums)
     if (state.gradient_steps + 1) % state.learner.soft_update_every == 0:
         critics.long_term.solve()

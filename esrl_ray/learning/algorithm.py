@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_METRICS_LOGGER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
@@ -24,10 +25,11 @@ from ray.tune.result import TRAINING_ITERATION
 
 from esrl_ray.algo.update import UpdateResult
 from esrl_ray.config import Config
-from esrl_ray.errors import LearnersLost, LoopError
+from esrl_ray.errors import Diverged, LearnersLost, LoopError
 from esrl_ray.learning.algorithm_config import EnhancedRLConfig
 from esrl_ray.learning.feed import BatchFeed
 from esrl_ray.learning.learner import GRADIENT_STEPS, EnhancedRLLearner
+from esrl_ray.learning.logged_anchor import logged_anchor
 from esrl_ray.learning.module import DEPLOYMENT, EnhancedRLModule
 from esrl_ray.learning.rounds import fit_scales
 from esrl_ray.learning.steps_feed import LoggedSteps, StepsFeed
@@ -78,12 +80,15 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
         return algorithm
 
     def setup(self, config: AlgorithmConfig) -> None:
-        """Build the learners."""
+        """Build the learners; with `offline_data(input_=...)` learning begins where the log's newest round was explored around."""
         super().setup(config)
         self._feed: Feed | None = None
         self.lineage, self.num_calls = {}, 0
         if isinstance(self.offline_data, LoggedSteps):
             self.draw_from_steps(self.offline_data.steps)
+            if (anchor := logged_anchor(self.offline_data.steps, self.config.deployment)) is not None:
+                self.set_anchor(anchor)
+                self.start_from_anchor()
 
     def _setup_logdir(self) -> None:
         """A trial of Tune keeps its folder; else there is none, where the stock one leaves an empty one in the home folder each time."""
@@ -120,10 +125,19 @@ class EnhancedRL(Algorithm):  # type: ignore[misc]  # RLlib is untyped
             self.learn(*drawn)
 
     def learn(self, lineage: Lineage, batches: list[Any]) -> None:
-        """One learner call on one batch reference per learner, or on the batch itself for a local one."""
+        """One learner call on one batch reference per learner, or on the batch itself for a local one.
+
+        Raises:
+            LearnersLost: a learner is gone, or diverged.
+        """
         local = isinstance(batches[0], MultiAgentBatch)
         with self.metrics.log_time((TIMERS, "learner_update")):
-            results = self.learner_group.update(**({"batch": batches[0]} if local else {"batch_refs": batches}))
+            try:
+                results = self.learner_group.update(**({"batch": batches[0]} if local else {"batch_refs": batches}))
+            except RayTaskError as error:
+                if isinstance(error.cause, Diverged):
+                    raise error.cause from None  # its own text, not Ray's traceback
+                raise
         self._all_there(len(results))
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
         self.lineage, self.num_calls = {**self.lineage, **lineage}, self.num_calls + 1

@@ -43,7 +43,7 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
 
     Each field of `LearnerConfig` is an attribute; None means the deployment's, until `validate` fills it in. `learners(num_learners=)` and
     `learners(num_gpus_per_learner=)` win over `learner.num_learners` and `learner.device`. `offline_data(input_=PATH)` learns from Parquet
-    files of the step log's schema.
+    files of the step log's schema as `esrl train --log` does: without held-out users, and from the logged anchor on.
     """
 
     deployment: Config
@@ -113,8 +113,9 @@ class EnhancedRLConfig(AlgorithmConfig):  # type: ignore[misc]  # RLlib is untyp
         if self.num_gpus_per_learner is None:
             self.num_gpus_per_learner = int(_has_gpu(self.deployment))
         if (index := _gpu_index(learner.device)) is not None:
-            if learner.num_learners > 0:
-                raise ConfigError(f"{learner.device} names one GPU, and Ray deals GPUs to remote learners", "learner.device", "say cuda")
+            if learner.num_learners > 0 or _in_actor():
+                text = f"{learner.device} names one GPU, and Ray deals GPUs to remote learners and to actors (live loop, Tune)"
+                raise ConfigError(text, "learner.device", "say cuda; CUDA_VISIBLE_DEVICES, where Ray is started, chooses")
             self.local_gpu_idx = index
         spec = self.deployment.spec.build()
         self.environment(
@@ -141,6 +142,11 @@ def _config_error(error: ValidationError, where: str) -> ConfigError:
 def _gpu_index(device: str) -> int | None:
     """Of `cuda:1`; None where no one GPU is named."""
     return torch.device(device).index if device.startswith("cuda") else None
+
+
+def _in_actor() -> bool:
+    """Whether RLlib's local learner would take the GPU that Ray dealt to this process, whatever `local_gpu_idx` says."""
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def _has_gpu(deployment: Config) -> bool:

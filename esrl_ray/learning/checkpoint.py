@@ -16,8 +16,9 @@ import msgspec
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 
 from esrl_ray.config import Config
-from esrl_ray.errors import LearnersLost, LoopError
+from esrl_ray.errors import Diverged, LearnersLost, LoopError
 from esrl_ray.learning.algorithm import EnhancedRL
+from esrl_ray.learning.learner import EnhancedRLLearner
 
 PROGRESS_FILE = "progress.json"
 KEPT = 2
@@ -46,7 +47,10 @@ def save_checkpoint(algorithm: EnhancedRL, folder: Path, progress: Progress) -> 
 
     Raises:
         LearnersLost: the learner died meanwhile: RLlib saves without it, and says nothing.
+        Diverged: it holds numbers that are not finite, which every rebuild would begin with.
     """
+    if not all(algorithm.each_learner(_finite)):
+        raise Diverged("parameters are not finite, no checkpoint is written", str(folder), "lower learner.critic_lr and learner.actor_lr")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".[0-9]*.[0-9]*"):  # our own temporary folders only: file systems and desktops leave hidden files
         if leftover.is_dir():
@@ -125,6 +129,10 @@ def _read_progress(checkpoint: Path) -> Progress | None:
 def module_folder(checkpoint: Path) -> Path:
     """The module in a checkpoint: `RLModule.from_checkpoint(path, inference_only=True)` builds what decides from it."""
     return checkpoint.joinpath(COMPONENT_LEARNER_GROUP, COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID)
+
+
+def _finite(learner: EnhancedRLLearner) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in learner.learn_state.networks.state_dict().values())
 
 
 def _has_learner(checkpoint: Path) -> bool:

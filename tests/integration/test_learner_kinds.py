@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import load_config
-from esrl_ray.learning.algorithm import EnhancedRL
+from esrl_ray.errors import Diverged
+from esrl_ray.learning.algorithm import CALLS_PER_ITERATION, EnhancedRL
 from esrl_ray.learning.feed import to_multi_agent_batch
+from esrl_ray.vocabulary import Lineage
 from tests.transitions import make_transitions
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
@@ -59,3 +64,26 @@ def test_rllib_takes_the_same_gradient_steps_as_the_core(settings: list[str]) ->
     assert moved == ({"actor", "critics"} if learner.critic == "split" else {"actor", "critics", "target_actor", "target_critics"})
     for name, tensor in core.items():
         torch.testing.assert_close(networks[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_call_that_diverges_is_an_error_also_after_one_that_did_not() -> None:
+    config = load_config("configs/demo.yaml", SET)
+    size = config.learner.batch_size * config.learner.updates_per_call
+
+    class Feed:
+        num_calls = 0
+
+        def next(self, wait_s: float) -> tuple[Lineage, list[Any]]:
+            self.num_calls += 1
+            batch = make_transitions(config, size, seed=self.num_calls)
+            if self.num_calls == CALLS_PER_ITERATION - 1:
+                batch["rewards"] = np.full_like(batch["rewards"], np.nan)
+            return {}, [to_multi_agent_batch(batch)]
+
+    algorithm = EnhancedRL.of(config)
+    algorithm._feed = Feed()
+    try:
+        with pytest.raises(Diverged, match=r"diverged at gradient step 24: .*'critic_loss': nan.*lower learner.critic_lr"):
+            algorithm.train()
+    finally:
+        algorithm.stop()

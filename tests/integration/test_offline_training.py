@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from click.testing import CliRunner
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -23,22 +25,24 @@ from ray.util.state import list_actors
 
 from esrl_ray.actors import NAMESPACE
 from esrl_ray.algo.update import LearnState, prepare, update
+from esrl_ray.cli.logged import read_log
 from esrl_ray.cli.policy import policy_group
 from esrl_ray.cli.train import train
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import MethodError
-from esrl_ray.learning.algorithm import EnhancedRLConfig
+from esrl_ray.learning.algorithm import EnhancedRL, EnhancedRLConfig
 from esrl_ray.learning.logged_anchor import logged_anchor
 from esrl_ray.learning.offline import OfflineTraining
 from esrl_ray.learning.offline_run import OfflineRun, begin, settings_digest
 from esrl_ray.learning.rounds import fit_scales
 from esrl_ray.learning.steps_feed import StepsFeed
 from esrl_ray.methods.catalogue import ENHANCEDRL, WITHOUT_GRADIENTS
+from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import Policy, PolicyKind
 from esrl_ray.policy.store import PolicyStore
 from esrl_ray.ports import free_ports
 from esrl_ray.replay.steps import Steps
-from esrl_ray.vocabulary import Floats
+from esrl_ray.vocabulary import Floats, TransitionBatch
 from streaming.steplog import StepLog, WorkerState
 from tests.step_tables import simulated_steps, step_table
 
@@ -152,6 +156,48 @@ def test_a_run_goes_on_only_with_what_it_was_started_with(tmp_path: Path) -> Non
 def test_learning_that_diverges_says_so(steps: Steps, tmp_path: Path) -> None:
     with pytest.raises(MethodError, match=r"diverged at gradient step.*lower learner.critic_lr"):
         training(steps, tmp_path, deployment("learner.critic_lr=1e30"), until=400).run(threading.Event())
+
+
+def test_learning_that_diverges_in_one_call_of_an_iteration_leaves_no_policy(
+    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = StepsFeed._draw
+
+    def spoilt(feed: StepsFeed, learner: int) -> TransitionBatch:
+        batch = draw(feed, learner)
+        return batch if feed.call < 13 else {**batch, "rewards": batch["rewards"] * np.float32(np.nan)}
+
+    monkeypatch.setattr(StepsFeed, "_draw", spoilt)
+    with pytest.raises(MethodError, match=r"diverged at gradient step 56.*lower learner.critic_lr"):  # the 14th of 16 calls
+        training(steps, tmp_path).run(threading.Event())
+
+
+def test_parameters_that_are_not_finite_are_no_policy(steps: Steps, tmp_path: Path) -> None:
+    settled = EnhancedRLConfig().training(deployment=deployment())
+    broken = {"layers.0.weight": np.full((2, 2), np.nan, np.float32)}
+    algorithm = SimpleNamespace(config=settled, published=lambda: (broken, Normaliser.identity(deployment().spec.build()), 64))
+    with pytest.raises(MethodError, match=r"parameters at gradient step 64 are not finite.*delete it"):
+        training(steps, tmp_path)._policy(cast(EnhancedRL, algorithm))
+
+
+def test_an_algorithm_over_files_begins_at_the_logged_anchor_as_offline_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esrl_ray.learning.logged_anchor.NUM_STEPS", 50)
+    steps = simulated_steps(deployment(), 300)
+    steps.columns["anchor_actions"][:] = 0.2
+    path = str(tmp_path / "steps.parquet")
+    pq.write_table(step_table(steps), path)
+    over_files = EnhancedRLConfig().training(deployment=deployment(), seed=5).offline_data(input_=path).build_algo()
+    over_steps = training(read_log(path, deployment()).steps, tmp_path)._build()
+    try:
+        (ours,), (theirs,) = (a.each_learner(lambda learner: learner.learn_state.networks) for a in (over_files, over_steps))
+        for (name, value), (_, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+            assert torch.equal(value, expected), name
+        assert all(torch.equal(value, ours.anchor.state_dict()[name]) for name, value in ours.actor.state_dict().items())
+    finally:
+        over_files.stop()
+        over_steps.stop()
 
 
 def test_the_command_learns_and_resumes(step_log: Path, tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from msgspec.structs import replace
 
 from esrl_ray.config import Config, load_config
-from esrl_ray.errors import ConfigError
+from esrl_ray.errors import ConfigError, InputDataError
 from esrl_ray.evaluation.second_tier import Rule, held_out, held_out_rows
 from esrl_ray.exploration import is_held_out
+from esrl_ray.learning.algorithm_config import EnhancedRLConfig
+from esrl_ray.learning.steps_feed import LoggedSteps
 from esrl_ray.replay.buffer import ReplayBuffer
-from esrl_ray.replay.steps import Steps
+from esrl_ray.replay.steps import ARMS, Steps
 from esrl_ray.vocabulary import Arm, Ended, StepRow
 from streaming.steptable import rows_to_table
 from tests.unit.test_replay import SET, buffer_of, step
@@ -87,6 +92,21 @@ def test_the_gate_holds_out_the_users_that_the_replay_leaves_out(config: Config)
     aside = {row.step_id for row, out in zip(rows, held_out_rows(table, rule=rule), strict=True) if out}
     assert aside and aside == {row.step_id for row in rows} - buffer_of(config, rows).samplable_ids()
     assert np.array_equal(held_out(Steps.from_table(table, config), rule), held_out_rows(table, rule=rule))
+
+
+def test_what_rllib_reads_from_files_leaves_them_out_and_no_one_else(config: Config, tmp_path: Path) -> None:
+    rows = [of(config, f"{user}/{arm}", user, arm=arm, ended=Ended.TERMINATED) for user in USERS[:20] for arm in Arm]
+    aside = [row for row in rows if row.user_id in ASIDE and row.arm == Arm.EXPLORE]
+
+    def read(chosen: list[StepRow]) -> set[tuple[str, str]]:
+        path = tmp_path / "steps.parquet"
+        pq.write_table(rows_to_table(chosen), path)
+        steps = LoggedSteps(EnhancedRLConfig().training(deployment=config).offline_data(input_=str(path))).steps
+        return {(steps.user_id(user), ARMS[arm].value) for user, arm in zip(steps.users.tolist(), steps.arms.tolist(), strict=True)}
+
+    assert aside and read(rows) == {(row.user_id, row.arm) for row in rows} - {(row.user_id, row.arm) for row in aside}
+    with pytest.raises(InputDataError, match=f"of {len(aside)} steps none is of a user left to learn from"):
+        read(aside)
 
 
 def test_without_a_share_the_gate_judges_by_every_explore_user_and_says_so(config: Config) -> None:

@@ -6,20 +6,22 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from esrl_ray import actors
-from esrl_ray.algo.actor import PairNetwork
+from esrl_ray.algo.actor import PairNetwork, make_actor
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import LoopError, PolicyRejected
 from esrl_ray.evaluation.second_tier import Rule, SecondTierVerdict, abstained, load_verdict
 from esrl_ray.learning import loop as loop_module
+from esrl_ray.learning.algorithm import EnhancedRL
 from esrl_ray.learning.loop import TrainingLoop
 from esrl_ray.normaliser import Normaliser
 from esrl_ray.policy.policy import Manifest, Policy, PolicyKind
@@ -257,6 +259,34 @@ def test_a_loop_that_ends_gives_up_its_judgement(ending: Callable[[str], Ending]
     assert FakeJudging.made[0].cancelled
     at.end()
     assert len(FakeJudging.made) == 2
+
+
+def full_disk(*_: object) -> None:
+    """As Ray raises what an actor's method raised."""
+    raise RayTaskError("PolicyStoreActor", "its traceback", OSError(28, "No space left on device")).as_instanceof_cause()
+
+
+def test_a_store_that_cannot_write_costs_neither_the_learners_nor_the_round(
+    ending: Callable[[str], Ending], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = ending("off")
+    learner, spec = at.config.learner, at.config.spec.build()
+    actor = make_actor(spec, learner.hidden_sizes, learner.embedding_size, level=learner.level, shape=learner.actor)
+    parameters = {name: tensor.numpy() for name, tensor in actor.state_dict().items()}
+    algorithm = cast(EnhancedRL, SimpleNamespace(published=lambda: (parameters, Normaliser.identity(spec), 40), lineage={}))
+    monkeypatch.setattr(at.loop, "_telemetry", SimpleNamespace(count=lambda *_, **__: None))
+    version = at.publish(0.1)
+    with monkeypatch.context() as failing:
+        for name in ("publish", "start_round"):
+            failing.setattr(at.store, name, full_disk)
+        at.loop._publish(algorithm)
+        at.end()
+    text = "policy store failed: OSError(28, 'No space left on device'), trying again"
+    assert caplog.text.count(text) == 2 and "does not answer" not in caplog.text
+    assert at.loop.status()["published"] == 0 == at.loop._published_steps and at.anchor == CONTROL_VERSION
+    at.loop._publish(algorithm)
+    at.end()
+    assert at.loop.status()["version"] == version + 1 == at.anchor and at.loop._published_steps == 40
 
 
 def test_a_loop_without_a_log_to_read_is_refused(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def test_gradients_are_clipped_to_the_configured_norm(config: Config) -> None:
     seen: list[float] = []
     state, batch = _state(config, grad_clip=0.5)
 
-    def loud(gradients: list[torch.Tensor]) -> None:
-        torch._foreach_mul_(gradients, 1e4)
+    def loud(tensors: list[torch.Tensor], *, total: bool = False) -> None:
+        torch._foreach_mul_(tensors, 1e4)
 
     real = state.critic_optimiser.step
 
