@@ -111,6 +111,7 @@ def _curves(rows: Sequence[Row], names: Sequence[str]) -> Figure:
             )
             axes.errorbar(steps + 0.08 * i, means, np.nan_to_num(halves), label=name, marker=".", capsize=2, elinewidth=0.6, **style)
         axes.set(xlabel="thousand list requests")
-        axes.legend(fontsize=7, ncols=2)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, ncols=2)
     left.set(ylabel="reward per session")
     return figure
