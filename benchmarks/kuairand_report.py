@@ -138,7 +138,7 @@ reinforcement learning beats supervised learning or a tuned vector: on the real 
 upstream scores replaced by noise; how much can be gained in it is our choice and says nothing about real traffic.
 
 What guards and placebos can see: a leak in what a method is trained on that ranks a user's own exposures. Learning permuted rewards ruins
-the ranking, by .016 to .14 of GAUC against CEM, so a leak that is worth less can hide behind that, and what the gate does to placebos says
+the ranking, by .03 to .13 of GAUC against CEM, so a leak that is worth less can hide behind that, and what the gate does to placebos says
 that it keeps out noise. `user-only` sees the refresh of users' features within a unit alone. No leak was planted to see what trips.
 
 Train 27 April - 2 May, dev 3-4 May (gates, early stopping), test 5-6 May. GAUC is over user x 2-day block; label: played more than 10 s or

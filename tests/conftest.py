@@ -62,6 +62,19 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield embedded.bootstrap_servers
 
 
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs for the tests of a module."""
+    import ray  # unit tests need none
+
+    from esrl_ray.actors import NAMESPACE
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
+    ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def kafka_config(broker: str) -> KafkaConfig:
     """Two fresh topics (and their dead-letter topics) on the session's broker."""

@@ -19,6 +19,8 @@ from tests.step_tables import session_positions
 
 ALWAYS_A, ALWAYS_B = 1.0, -1.0
 """Powers that rank A, whose score is higher, above B, and the other way round."""
+REWARDS, LEAVES = (1.0, 0.2), (0.5, 0.05)
+"""Of showing A and B, and chances to leave after them: always A is worth 1 / .5 = 2, always B .2 / .05 = 4."""
 _SCORES = (1.5, 0.5)
 
 

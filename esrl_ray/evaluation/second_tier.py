@@ -3,7 +3,8 @@
 The rule is a bound, not a mean: a gate on means promotes what noise prefers. `pass` needs the lower bound of the paired difference above
 the tolerance, `block` the upper bound below it, and everything else, also a log with too little support, is `abstain`: more data is needed.
 So a candidate that is as good as its anchor passes in a share of 1 - level of the cases, and is blocked as often, as far as the estimate is
-right: where the candidate shows what the log rarely shows it is too low (by 1.3 to 1.5 per session in the simulator), and blocks more.
+right: where the candidate shows what the log rarely shows it is too low (by 1.5 per session on average,
+benchmarks/results/estimators.md), and blocks more.
 
 `judge_log` is what the training loop and `esrl policy judge` call: it reads the newest lists of the users whom learning left out.
 """

@@ -60,11 +60,11 @@ IQL_EXPECTILE, IQL_BETA = 0.8, 1.0
 
 @dataclass(frozen=True, slots=True)
 class PeerSettings:
-    """What was tuned, by 20,000 lists in worlds 0 and 3: IQL's 20.1 and 17.6 (as RLlib ships it 19.3 and 17.2), SAC's 15.5 and 17.3.
+    """What was tuned, by 20,000 lists in worlds 0 and 3, by hand, no script kept.
 
-    SAC as shipped: 14.4 and 11.4. An action moves a list's reward by hundredths of it, so that as shipped IQL clones and SAC collects
-    entropy. CQL ends at control with ten times the rewards as well (19.6 and 17.3), and has RLlib's rates. SAC's actor left its data with
-    the deployment's rate.
+    IQL ends at 20.1 and 17.6 (as RLlib ships it 19.3 and 17.2), SAC at 15.5 and 17.3 (14.4 and 11.4). An action moves a list's reward by
+    hundredths of it, so that as shipped IQL clones and SAC collects entropy. CQL ends at control with ten times the rewards as well (19.6
+    and 17.3), and has RLlib's rates. SAC's actor left its data with the deployment's rate.
     """
 
     actor_lr: float  # Adam

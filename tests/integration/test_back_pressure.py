@@ -26,11 +26,12 @@ from esrl_ray.config import Config, KafkaConfig, load_config
 from esrl_ray.policy.store_actor import PolicyStoreActor
 from streaming.broker import end_offsets
 from streaming.steplog import read_commits, read_steps
-from tests.integration.test_training_loop import SET, cluster
+from tests.integration.test_training_loop import SET
 
-__all__ = ["cluster"]
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # Ray's own
+]
 
 WAIT_S, DECISIONS_PER_S, WORKER = 120.0, 40.0, "ingest-0"
 QUICK = ["join.label_age_s=1", "join.lateness_s=0.5", "ingest.commit_interval_s=0.2", "learner.device=cpu"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,6 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch
 from ray.tune.schedulers import ASHAScheduler
 
-from esrl_ray.actors import NAMESPACE
 from esrl_ray.algo.update import LearnState, prepare, update
 from esrl_ray.config import Config, load_config
 from esrl_ray.errors import ConfigError, LearnersLost, LoopError
@@ -44,18 +42,13 @@ from esrl_ray.vocabulary import Floats, TransitionBatch
 from tests.step_tables import simulated_steps, step_table
 from tests.transitions import make_transitions
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # Ray's own
+]
 
 SET = ["learner.batch_size=16", "learner.updates_per_call=8", "learner.hidden_sizes=[16, 16]", "learner.soft_update_every=5"]
 CALLS = 7  # of 8 gradient steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
-    ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def deployment(num_learners: int = 0, *more: str) -> Config:

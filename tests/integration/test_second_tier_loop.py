@@ -17,12 +17,13 @@ from esrl_ray.evaluation.second_tier import KeepRows, SecondTierVerdict, load_ve
 from esrl_ray.learning.judging import LIMIT_S, Judging
 from esrl_ray.policy.policy import Policy
 from esrl_ray.policy.store import CONTROL_VERSION, read_snapshot, version_folder
-from tests.integration.test_training_loop import SET, Running, clock_ms, cluster
+from tests.integration.test_training_loop import SET, Running, clock_ms
 from tests.two_items import ALWAYS_A, ALWAYS_B, log_of, table_of, two_items, vector
 
-__all__ = ["cluster"]
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # Ray's own
+]
 
 WAIT_S = 300.0
 

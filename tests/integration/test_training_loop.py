@@ -34,7 +34,10 @@ from streaming.steplog import StepLog, WorkerState, read_commits, read_newest
 from streaming.steptable import rows_to_table
 from tests.transitions import make_transitions
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # Ray's own
+]
 
 SET = [
     "learner.batch_size=16",
@@ -51,14 +54,6 @@ WAIT_S = 120.0
 
 def clock_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
-    ray.init(address="local", namespace=actors.NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 class Writer:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 import ray
 import torch
 
-from esrl_ray.actors import NAMESPACE
 from esrl_ray.algo.networks import SplitCritics
 from esrl_ray.algo.update import Average, Batch, LearnState, prepare, update
 from esrl_ray.config import Config, load_config
@@ -22,18 +19,13 @@ from esrl_ray.learning.feed import to_multi_agent_batch
 from esrl_ray.vocabulary import TransitionBatch
 from tests.transitions import make_transitions
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # Ray's own
+]
 
 SET = ["learner.batch_size=16", "learner.updates_per_call=8", "learner.hidden_sizes=[16, 16]", "learner.soft_update_every=5"]
 CALLS = 4  # of 8 gradient steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local Ray leaves a token file in the home folder
-    ray.init(address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
